@@ -1,0 +1,1 @@
+//! A ready-made thread that drives many KMCL channels

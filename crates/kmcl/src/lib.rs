@@ -1,0 +1,1 @@
+//! The VMBus Kernel Mode Client Library outside Windows: channels, packets, quotas, GPADLs

@@ -1,0 +1,1 @@
+//! The guest's control plane of VMBus, in user space

@@ -1,0 +1,1 @@
+//! The host's control plane of VMBus: versions, offers, GPADLs, open and close

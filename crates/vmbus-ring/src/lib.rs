@@ -1,0 +1,1 @@
+//! A VMBus ring's reader and writer: batches, index protocols, when to signal

@@ -1,0 +1,1 @@
+//! VMBus between two processes: memory in a memfd, signals by eventfd, messages over a Unix socket

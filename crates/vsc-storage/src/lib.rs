@@ -1,0 +1,1 @@
+//! The guest's end of the VMBus storage protocol, in user space

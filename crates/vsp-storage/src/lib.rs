@@ -1,0 +1,1 @@
+//! SCSI disks for guests: a VMBus storage VSP with raw-file and RAM back ends
