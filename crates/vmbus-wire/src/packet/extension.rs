@@ -1,0 +1,339 @@
+//! What follows the descriptor of a packet, by kind.
+//!
+//! For sending, each extension's fixed part is a struct whose bytes go into the ring. For receiving,
+//! the parsers take the extension as 64-bit words in this machine's byte order, as a reader copies
+//! it out of the ring: [`gpa_direct`], [`TransferPages::parse`], [`page_set`], [`gpadl`],
+//! [`additional_data`].
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::ranges::{GpaRanges, RangeError};
+
+/// Fixed part of [`AddPageSet`](super::PacketKind::AddPageSet) and
+/// [`RemovePageSet`](super::PacketKind::RemovePageSet).
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct PageSetHeader {
+    /// The GPADL that holds the pages.
+    pub gpadl_id: U32,
+    /// The name of the set.
+    pub page_set_id: U16,
+    /// Zero.
+    pub reserved: U16,
+}
+
+/// Fixed part of [`EstablishGpadl`](super::PacketKind::EstablishGpadl); ranges follow.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct EstablishGpadlHeader {
+    /// The GPADL to be.
+    pub gpadl_id: U32,
+    /// Number of ranges that follow.
+    pub range_count: U32,
+}
+
+/// The whole extension of [`TeardownGpadl`](super::PacketKind::TeardownGpadl) and
+/// [`Gpadl`](super::PacketKind::Gpadl).
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct GpadlHeader {
+    /// The GPADL meant.
+    pub gpadl_id: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// Fixed part of [`TransferPages`](super::PacketKind::TransferPages); [`TransferPageRange`]s follow.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct TransferPagesHeader {
+    /// The set that the ranges lie in.
+    pub page_set_id: U16,
+    /// Nonzero if the sender owns the set.
+    pub sender_owns_set: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Number of ranges that follow.
+    pub range_count: U32,
+}
+
+/// A range within a set of transfer pages.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct TransferPageRange {
+    /// Length in bytes.
+    pub byte_count: U32,
+    /// Start within the set, in bytes.
+    pub byte_offset: U32,
+}
+
+/// Fixed part of [`GpaDirect`](super::PacketKind::GpaDirect); ranges as in [`crate::ranges`] follow.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct GpaDirectHeader {
+    /// Zero when sent; garbage must be tolerated.
+    pub reserved: U32,
+    /// Number of ranges that follow; at least 1.
+    pub range_count: U32,
+}
+
+impl GpaDirectHeader {
+    /// The fixed part in front of `range_count` ranges.
+    #[inline]
+    #[must_use]
+    pub const fn new(range_count: u32) -> Self {
+        Self { reserved: U32::ZERO, range_count: U32::new(range_count) }
+    }
+}
+
+/// The whole extension of [`DataWithAdditional`](super::PacketKind::DataWithAdditional) and
+/// [`AdditionalData`](super::PacketKind::AdditionalData).
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned,
+)]
+pub struct AdditionalDataHeader {
+    /// Bytes of data in all packets together.
+    pub total_bytes: U64,
+    /// Where the data of this packet belongs, in bytes.
+    pub byte_offset: U32,
+    /// Bytes of data in this packet.
+    pub byte_count: U32,
+}
+
+const _: () = {
+    assert!(size_of::<PageSetHeader>() == 8);
+    assert!(size_of::<EstablishGpadlHeader>() == 8);
+    assert!(size_of::<GpadlHeader>() == 8);
+    assert!(size_of::<TransferPagesHeader>() == 8);
+    assert!(size_of::<TransferPageRange>() == 8);
+    assert!(size_of::<GpaDirectHeader>() == 8);
+    assert!(size_of::<AdditionalDataHeader>() == 16);
+};
+
+/// An 8-byte struct of the wire is also one word of an extension.
+macro_rules! one_word {
+    ($($name:ident)*) => {$(
+        impl $name {
+            /// From the extension's word, in this machine's byte order.
+            #[inline]
+            #[must_use]
+            pub const fn from_word(word: u64) -> Self {
+                zerocopy::transmute!(word.to_le_bytes())
+            }
+
+            /// The extension's word, in this machine's byte order.
+            #[inline]
+            #[must_use]
+            pub const fn to_word(self) -> u64 {
+                u64::from_le_bytes(zerocopy::transmute!(self))
+            }
+        }
+    )*};
+}
+
+one_word! {
+    PageSetHeader EstablishGpadlHeader GpadlHeader TransferPagesHeader TransferPageRange GpaDirectHeader
+}
+
+/// Why an extension was refused. Always the peer's doing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExtensionError {
+    /// The extension is shorter than what it must hold.
+    #[error("extension of {words} words, {needed} are needed")]
+    Truncated {
+        /// Words needed.
+        needed: u64,
+        /// Words there are.
+        words: usize,
+    },
+    /// The ranges are malformed.
+    #[error(transparent)]
+    Ranges(#[from] RangeError),
+}
+
+/// The ranges of a GPA-direct packet, from its extension. Words behind the last range are ignored:
+/// some guests send a list of fixed size.
+///
+/// # Errors
+/// [`ExtensionError`].
+#[inline]
+pub fn gpa_direct(extension: &[u64]) -> Result<GpaRanges<'_>, ExtensionError> {
+    let (word, words) = first(extension)?;
+    let header = GpaDirectHeader::from_word(word);
+    let (ranges, _unused) = GpaRanges::parse_prefix(words, header.range_count.get())?;
+    Ok(ranges)
+}
+
+/// The GPADL and its ranges, from the extension of an establish-GPADL packet.
+///
+/// # Errors
+/// [`ExtensionError`].
+pub fn establish_gpadl(extension: &[u64]) -> Result<(u32, GpaRanges<'_>), ExtensionError> {
+    let (word, words) = first(extension)?;
+    let header = EstablishGpadlHeader::from_word(word);
+    let (ranges, _unused) = GpaRanges::parse_prefix(words, header.range_count.get())?;
+    Ok((header.gpadl_id.get(), ranges))
+}
+
+/// The fixed part of a page-set packet.
+///
+/// # Errors
+/// [`ExtensionError::Truncated`].
+pub fn page_set(extension: &[u64]) -> Result<PageSetHeader, ExtensionError> {
+    first(extension).map(|(word, _)| PageSetHeader::from_word(word))
+}
+
+/// The extension of a packet that names a GPADL.
+///
+/// # Errors
+/// [`ExtensionError::Truncated`].
+pub fn gpadl(extension: &[u64]) -> Result<GpadlHeader, ExtensionError> {
+    first(extension).map(|(word, _)| GpadlHeader::from_word(word))
+}
+
+/// The extension of a packet of additional data.
+///
+/// # Errors
+/// [`ExtensionError::Truncated`].
+pub fn additional_data(extension: &[u64]) -> Result<AdditionalDataHeader, ExtensionError> {
+    let [total, place, ..] = *extension else {
+        return Err(ExtensionError::Truncated { needed: 2, words: extension.len() });
+    };
+    Ok(zerocopy::transmute!([total.to_le_bytes(), place.to_le_bytes()]))
+}
+
+/// The extension of a transfer-pages packet: which pages of a registered set hold the data. Whether
+/// the ranges lie within the set is for whoever knows the set to check.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TransferPages<'a> {
+    /// The set that the ranges lie in.
+    pub page_set_id: u16,
+    /// Whether the sender owns the set.
+    pub sender_owns_set: bool,
+    ranges: &'a [u64],
+}
+
+impl<'a> TransferPages<'a> {
+    /// Checks that the extension holds as many ranges as it says. Words behind them are ignored.
+    ///
+    /// # Errors
+    /// [`ExtensionError`].
+    #[inline]
+    pub fn parse(extension: &'a [u64]) -> Result<Self, ExtensionError> {
+        let (word, words) = first(extension)?;
+        let header = TransferPagesHeader::from_word(word);
+        let range_count = header.range_count.get();
+        if range_count == 0 {
+            return Err(RangeError::NoRanges.into());
+        }
+        let ranges = usize::try_from(range_count).ok().and_then(|count| words.get(..count));
+        let Some(ranges) = ranges else {
+            let needed = 1 + u64::from(range_count);
+            return Err(ExtensionError::Truncated { needed, words: extension.len() });
+        };
+        Ok(Self {
+            page_set_id: header.page_set_id.get(),
+            sender_owns_set: header.sender_owns_set != 0,
+            ranges,
+        })
+    }
+
+    /// The ranges, in order; at least one.
+    #[inline]
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = TransferPageRange> + use<'a> {
+        self.ranges.iter().map(|&word| TransferPageRange::from_word(word))
+    }
+}
+
+#[inline]
+fn first(extension: &[u64]) -> Result<(u64, &[u64]), ExtensionError> {
+    match extension.split_first() {
+        Some((&word, rest)) => Ok((word, rest)),
+        None => Err(ExtensionError::Truncated { needed: 1, words: 0 }),
+    }
+}
