@@ -1,0 +1,339 @@
+//! The pages of one ring.
+#![allow(unsafe_code, reason = "makes slices and atomics of ring pages")]
+
+use core::fmt;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vmbus_wire::PAGE_SIZE;
+
+use crate::mapping::Mapping;
+use crate::slice::{SharedSlice, WriteLog};
+use crate::{GuestMemory, MemoryError};
+
+/// Most pages a ring may have, its control page included: what the largest GPADL describes
+/// (vmbus-wire section 5).
+pub const MAX_RING_PAGES: usize = 8190;
+
+/// Mappings one guest's rings may use, unless told otherwise. The kernel lets a process have 65,530
+/// in all (`vm.max_map_count`).
+pub const DEFAULT_MAPPINGS: usize = 4096;
+
+/// How many more mappings the rings of one guest may use. A clone is another handle to the same
+/// count.
+#[derive(Clone, Debug)]
+pub struct MappingBudget(Arc<AtomicUsize>);
+
+impl Default for MappingBudget {
+    fn default() -> Self {
+        Self::new(DEFAULT_MAPPINGS)
+    }
+}
+
+impl MappingBudget {
+    /// A budget of `mappings`; 0 makes every ring scattered.
+    #[must_use]
+    pub fn new(mappings: usize) -> Self {
+        Self(Arc::new(AtomicUsize::new(mappings)))
+    }
+
+    /// Mappings left.
+    #[must_use]
+    pub fn left(&self) -> usize {
+        self.0.load(Relaxed)
+    }
+
+    fn take(&self, count: usize) -> Option<Taken> {
+        // Relaxed: the count guards no other data.
+        let taken = self.0.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(count));
+        taken.ok().map(|_| Taken { budget: self.clone(), count })
+    }
+}
+
+/// Mappings taken from a budget, given back on drop.
+struct Taken {
+    budget: MappingBudget,
+    count: usize,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.budget.0.fetch_add(self.count, Relaxed);
+    }
+}
+
+/// The pages of one ring: a control page and a circle of data.
+pub struct RingPages {
+    control: NonNull<u8>,
+    data_len: u32,
+    form: Form,
+    /// The page numbers and whom to tell about writes to them, if anybody wants to know.
+    log: Option<Box<RingLog>>,
+    /// M1 for the scattered form, and for the log.
+    _memory: GuestMemory,
+}
+
+enum Form {
+    /// All data twice in a row from `data` on.
+    Mapped { data: NonNull<u8>, _mapping: Mapping, _taken: Taken },
+    /// Where each page of data lies.
+    Scattered { pages: Box<[NonNull<u8>]> },
+}
+
+// SAFETY: the pointers are turned into `SharedSlice`s and atomics only, usable from any thread.
+unsafe impl Send for RingPages {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for RingPages {}
+
+struct RingLog {
+    memory: GuestMemory,
+    /// Data pages.
+    pfns: Box<[u64]>,
+    control: u64,
+}
+
+impl WriteLog for RingLog {
+    fn wrote(&self, at: u64, len: u64) {
+        let page = PAGE_SIZE as u64;
+        let data = self.pfns.len() as u64 * page;
+        let (mut at, mut left) = (at, len.min(data));
+        while left > 0 {
+            let now = left.min(page - at % page);
+            let index = usize::try_from(at % data / page).unwrap_or(0);
+            if let Some(pfn) = self.pfns.get(index) {
+                self.memory.mark_dirty(pfn * page + at % page, now);
+            }
+            at += now;
+            left -= now;
+        }
+    }
+}
+
+impl fmt::Debug for RingPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingPages")
+            .field("data_len", &self.data_len)
+            .field("mapped", &self.is_mapped())
+            .finish_non_exhaustive()
+    }
+}
+
+impl RingPages {
+    /// The ring whose control page is `pfns[0]` and whose data are the rest, in order: mapped if the
+    /// memory has a descriptor and `budget` allows, otherwise scattered.
+    ///
+    /// # Errors
+    /// A page that is not RAM, or a number of pages outside `2..=`[`MAX_RING_PAGES`].
+    pub fn map(
+        memory: &GuestMemory,
+        pfns: &[u64],
+        budget: &MappingBudget,
+    ) -> Result<Self, MemoryError> {
+        let mut ring = Self::scattered(memory, pfns)?;
+        if let Some((mapping, taken)) = map_circle(memory, pfns, budget) {
+            ring.control = mapping.base();
+            // SAFETY: the mapping is longer than one page.
+            let data = unsafe { mapping.base().add(PAGE_SIZE) };
+            ring.form = Form::Mapped { data, _mapping: mapping, _taken: taken };
+        }
+        Ok(ring)
+    }
+
+    /// As [`Self::map`], page by page in any case.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub fn scattered(memory: &GuestMemory, pfns: &[u64]) -> Result<Self, MemoryError> {
+        let count = MemoryError::RingPages { pages: pfns.len(), max: MAX_RING_PAGES };
+        let [control, data @ ..] = pfns else { return Err(count) };
+        if data.is_empty() || pfns.len() > MAX_RING_PAGES {
+            return Err(count);
+        }
+        let page = |pfn: &u64| {
+            let gpa = gpa_of(*pfn)?;
+            let slice = memory.slice(gpa, PAGE_SIZE)?;
+            NonNull::new(slice.as_ptr()).ok_or(MemoryError::PageNumber { pfn: *pfn })
+        };
+        let pages = data.iter().map(page).collect::<Result<Box<[_]>, _>>()?;
+        let data_len = u32::try_from(data.len() * PAGE_SIZE).map_err(|_| count)?;
+        let log = memory.tracks_writes().then(|| {
+            Box::new(RingLog { memory: memory.clone(), pfns: data.into(), control: *control })
+        });
+        Ok(Self {
+            control: page(control)?,
+            data_len,
+            form: Form::Scattered { pages },
+            log,
+            _memory: memory.clone(),
+        })
+    }
+
+    /// Whether the data are mapped as a circle.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.form, Form::Mapped { .. })
+    }
+
+    /// Bytes of data, whole pages.
+    #[inline]
+    #[must_use]
+    pub fn data_len(&self) -> u32 {
+        self.data_len
+    }
+
+    /// The control page's word at byte `OFFSET`. An offset that is not a word's does not compile.
+    /// Stores to it are reported with [`Self::mark_control_dirty`].
+    #[inline]
+    #[must_use]
+    pub fn control_word<const OFFSET: usize>(&self) -> &AtomicU32 {
+        const { assert!(OFFSET % 4 == 0 && OFFSET + 4 <= PAGE_SIZE) };
+        // SAFETY: `control` is page aligned (M3) and valid for a page while `self` lives (M1, or the
+        // mapping we own); the word is inside it and aligned (asserted); reached by atomics and
+        // `copy` only (M2).
+        unsafe { self.control.add(OFFSET).cast::<AtomicU32>().as_ref() }
+    }
+
+    /// Reports the control page as written, to memory that tracks writes.
+    #[inline]
+    pub fn mark_control_dirty(&self) {
+        if let Some(log) = &self.log {
+            log.memory.mark_dirty(log.control * PAGE_SIZE as u64, PAGE_SIZE as u64);
+        }
+    }
+
+    /// `len` bytes of data from position `at` on, if they lie in one piece: in the mapped form
+    /// always, as long as `at < data_len()` and `len <= data_len()`.
+    #[inline]
+    #[must_use]
+    pub fn window(&self, at: u32, len: u32) -> Option<SharedSlice<'_>> {
+        if at >= self.data_len || len > self.data_len {
+            return None;
+        }
+        let log = self.log.as_deref().map(|log| (log as &dyn WriteLog, u64::from(at)));
+        let (at, len) = (at as usize, len as usize);
+        let base = match &self.form {
+            // SAFETY: the data are mapped twice in a row: `2 * data_len` bytes.
+            Form::Mapped { data, .. } => unsafe { data.add(at) },
+            Form::Scattered { pages } => {
+                let inside = at % PAGE_SIZE;
+                if inside + len > PAGE_SIZE {
+                    return None;
+                }
+                // SAFETY: `inside` is less than the page.
+                unsafe { pages.get(at / PAGE_SIZE)?.add(inside) }
+            }
+        };
+        // SAFETY: S1: `at + len` is at most twice the data, or inside one page; mapped while `self`
+        // lives (M1 or our own mapping); no references (M2).
+        Some(unsafe { SharedSlice::new(base, len, log) })
+    }
+
+    /// Copies the data from position `at` on into `into`, going round at the end. Positions count
+    /// modulo [`Self::data_len`].
+    pub fn read(&self, at: u32, into: &mut [u8]) {
+        let mut rest = into;
+        let mut at = at % self.data_len;
+        while !rest.is_empty() {
+            let Some(piece) = self.piece(at, rest.len()) else { return };
+            let Some((now, later)) = rest.split_at_mut_checked(piece.len()) else { return };
+            if piece.read_at(0, now).is_err() {
+                return;
+            }
+            at = self.after(at, now.len());
+            rest = later;
+        }
+    }
+
+    /// Copies all of `from` to the data from position `at` on, going round at the end. Positions
+    /// count modulo [`Self::data_len`].
+    pub fn write(&self, at: u32, from: &[u8]) {
+        let mut rest = from;
+        let mut at = at % self.data_len;
+        while !rest.is_empty() {
+            let Some(piece) = self.piece(at, rest.len()) else { return };
+            let Some((now, later)) = rest.split_at_checked(piece.len()) else { return };
+            if piece.write_at(0, now).is_err() {
+                return;
+            }
+            at = self.after(at, now.len());
+            rest = later;
+        }
+    }
+
+    /// The longest piece from `at` on, at most `len` bytes.
+    #[inline]
+    fn piece(&self, at: u32, len: usize) -> Option<SharedSlice<'_>> {
+        let one_piece = match self.form {
+            Form::Mapped { .. } => self.data_len as usize,
+            Form::Scattered { .. } => PAGE_SIZE - at as usize % PAGE_SIZE,
+        };
+        let len = u32::try_from(len.min(one_piece)).ok()?;
+        self.window(at, len)
+    }
+
+    #[inline]
+    #[allow(clippy::cast_possible_truncation, reason = "a piece is at most the data")]
+    fn after(&self, at: u32, len: usize) -> u32 {
+        let end = at + len as u32; // both at most 32 MiB
+        if end >= self.data_len { end - self.data_len } else { end }
+    }
+}
+
+fn gpa_of(pfn: u64) -> Result<u64, MemoryError> {
+    pfn.checked_mul(PAGE_SIZE as u64).ok_or(MemoryError::PageNumber { pfn })
+}
+
+/// A run of pages that are neighbours in one file.
+struct FileRun<'a> {
+    fd: BorrowedFd<'a>,
+    offset: u64,
+    /// First page in the ring.
+    at: usize,
+    pages: usize,
+}
+
+/// Maps control page, data, data. `None` if the pages have no file, the budget is spent or the
+/// system refuses: the scattered form serves in every case.
+fn map_circle(
+    memory: &GuestMemory,
+    pfns: &[u64],
+    budget: &MappingBudget,
+) -> Option<(Mapping, Taken)> {
+    if rustix::param::page_size() != PAGE_SIZE {
+        return None;
+    }
+    let data_pages = pfns.len().checked_sub(1)?;
+    let once = file_runs(memory, pfns, 0)?;
+    let again = file_runs(memory, pfns.get(1..)?, pfns.len())?;
+    let taken = budget.take(once.len() + again.len())?;
+    let mut mapping = Mapping::reserve((1 + 2 * data_pages) * PAGE_SIZE).ok()?;
+    for run in once.iter().chain(&again) {
+        let (at, len) = (run.at * PAGE_SIZE, run.pages * PAGE_SIZE);
+        mapping.place(at, run.fd, run.offset, len)?.ok()?;
+    }
+    Some((mapping, taken))
+}
+
+/// The pages joined to runs; the first is page `at` of the mapping.
+fn file_runs<'a>(memory: &'a GuestMemory, pfns: &[u64], at: usize) -> Option<Vec<FileRun<'a>>> {
+    let mut runs: Vec<FileRun<'a>> = Vec::new();
+    for (index, pfn) in pfns.iter().enumerate() {
+        let gpa = gpa_of(*pfn).ok()?;
+        let region = memory.region_at(gpa)?;
+        let (fd, region_offset) = region.backing()?;
+        let offset = region_offset + (gpa - region.gpa());
+        match runs.last_mut() {
+            Some(run)
+                if std::os::fd::AsRawFd::as_raw_fd(&run.fd)
+                    == std::os::fd::AsRawFd::as_raw_fd(&fd)
+                    && run.offset + (run.pages * PAGE_SIZE) as u64 == offset =>
+            {
+                run.pages += 1;
+            }
+            _ => runs.push(FileRun { fd, offset, at: at + index, pages: 1 }),
+        }
+    }
+    Some(runs)
+}

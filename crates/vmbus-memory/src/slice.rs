@@ -1,0 +1,197 @@
+//! A bounded span of shared memory.
+#![allow(unsafe_code, reason = "turns checked offsets into copies and atomics")]
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::MemoryError;
+use crate::copy;
+
+/// Where writes are reported when somebody keeps track of them. Positions are whatever the
+/// implementor counts in: guest addresses for memory, bytes of data for a ring.
+pub(crate) trait WriteLog: Send + Sync {
+    fn wrote(&self, at: u64, len: u64);
+}
+
+/// A span of shared memory that lies in one piece in this process. Copying the value copies the
+/// reference, not the bytes.
+///
+/// The peer may change the bytes at any time: what was read twice may differ. Read once, into memory
+/// of your own, and check that.
+#[derive(Clone, Copy)]
+pub struct SharedSlice<'a> {
+    base: NonNull<u8>,
+    len: usize,
+    log: Option<(&'a dyn WriteLog, u64)>,
+    lives: PhantomData<&'a ()>,
+}
+
+// SAFETY: the bytes are reached by `copy` and atomics only, which may run in any thread at any time
+// (M2); the log is `Send + Sync`.
+unsafe impl Send for SharedSlice<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for SharedSlice<'_> {}
+
+impl fmt::Debug for SharedSlice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedSlice").field("base", &self.base).field("len", &self.len).finish()
+    }
+}
+
+impl<'a> SharedSlice<'a> {
+    /// # Safety
+    /// **S1**: for `'a`, `base..base + len` is shared memory under promises M1 and M2 (or R1 and R2).
+    #[inline]
+    pub(crate) unsafe fn new(
+        base: NonNull<u8>,
+        len: usize,
+        log: Option<(&'a dyn WriteLog, u64)>,
+    ) -> Self {
+        Self { base, len, log, lives: PhantomData }
+    }
+
+    /// Length in bytes.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the span has no bytes.
+    #[inline]
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The address of the first byte in this process, for a system call or a device that moves the
+    /// bytes itself. Valid for `'a`. Bytes written behind our back are reported with
+    /// [`Self::mark_dirty`].
+    #[inline]
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Bytes `offset..offset + len`, or `None` if they are not all inside.
+    #[inline]
+    #[must_use]
+    pub fn subslice(&self, offset: usize, len: usize) -> Option<SharedSlice<'a>> {
+        let base = self.at(offset, len)?;
+        let log = self.log.map(|(log, at)| (log, at.saturating_add(offset as u64)));
+        // SAFETY: S1 holds for the whole and `at` has shown this to be a part of it.
+        Some(unsafe { Self::new(base, len, log) })
+    }
+
+    /// Copies the bytes from `offset` on into `into`, as many as it has.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutsideSlice`]; nothing was copied.
+    #[inline]
+    pub fn read_at(&self, offset: usize, into: &mut [u8]) -> Result<(), MemoryError> {
+        let from = self.at(offset, into.len()).ok_or_else(|| self.outside(offset, into.len()))?;
+        // SAFETY: (1) `at` and S1; `into` is a slice. (2, 3) `into` is an exclusive reference, and
+        // none points into shared memory. (4) S1.
+        unsafe { copy::copy(into.as_mut_ptr(), from.as_ptr(), into.len()) };
+        Ok(())
+    }
+
+    /// Copies all of `from` to the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutsideSlice`]; nothing was copied.
+    #[inline]
+    pub fn write_at(&self, offset: usize, from: &[u8]) -> Result<(), MemoryError> {
+        let to = self.at(offset, from.len()).ok_or_else(|| self.outside(offset, from.len()))?;
+        // SAFETY: (1) `at` and S1; `from` is a slice. (2, 3) nobody writes `from` while it is
+        // borrowed, and no reference points into shared memory. (4) S1.
+        unsafe { copy::copy(to.as_ptr(), from.as_ptr(), from.len()) };
+        self.mark_dirty(offset, from.len());
+        Ok(())
+    }
+
+    /// Copies all bytes to `to`, which must be as long. The two must not share bytes.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutsideSlice`] if the lengths differ or the bytes overlap; nothing was copied.
+    pub fn copy_to(&self, to: &SharedSlice<'_>) -> Result<(), MemoryError> {
+        let apart = self.base.as_ptr().addr().abs_diff(to.base.as_ptr().addr());
+        if self.len != to.len || apart < self.len {
+            return Err(to.outside(0, self.len));
+        }
+        // SAFETY: (1) S1 of both. (2) tested: the starts are at least `len` apart. (3) there is no
+        // private side. (4) S1 of both.
+        unsafe { copy::copy(to.base.as_ptr(), self.base.as_ptr(), self.len) };
+        to.mark_dirty(0, to.len);
+        Ok(())
+    }
+
+    /// Sets every byte to `byte`.
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: S1.
+        unsafe { copy::fill(self.base.as_ptr(), byte, self.len) };
+        self.mark_dirty(0, self.len);
+    }
+
+    /// The aligned word at byte `offset`, or `None` if it is misaligned or outside. Stores to it are
+    /// reported with [`Self::mark_dirty`].
+    #[inline]
+    #[must_use]
+    pub fn atomic_u32(&self, offset: usize) -> Option<&'a AtomicU32> {
+        let word = self.at(offset, size_of::<u32>())?.cast::<AtomicU32>();
+        // SAFETY: aligned (tested here), valid for `'a` (`at`, S1), and reached by atomics and by
+        // `copy` only (M2).
+        word.is_aligned().then(|| unsafe { word.as_ref() })
+    }
+
+    /// The aligned word at byte `offset`, or `None` if it is misaligned or outside. Stores to it are
+    /// reported with [`Self::mark_dirty`].
+    #[inline]
+    #[must_use]
+    pub fn atomic_u64(&self, offset: usize) -> Option<&'a AtomicU64> {
+        let word = self.at(offset, size_of::<u64>())?.cast::<AtomicU64>();
+        // SAFETY: as for `atomic_u32`.
+        word.is_aligned().then(|| unsafe { word.as_ref() })
+    }
+
+    /// Loads the aligned 64-bit word at byte `offset` once, or `None` if it is misaligned or outside.
+    #[inline]
+    #[must_use]
+    pub fn load_u64(&self, offset: usize) -> Option<u64> {
+        Some(self.atomic_u64(offset)?.load(Relaxed))
+    }
+
+    /// Stores the aligned 64-bit word at byte `offset`, or `None` if it is misaligned or outside.
+    #[inline]
+    #[must_use]
+    pub fn store_u64(&self, offset: usize, value: u64) -> Option<()> {
+        self.atomic_u64(offset)?.store(value, Relaxed);
+        self.mark_dirty(offset, size_of::<u64>());
+        Some(())
+    }
+
+    /// Reports `len` bytes from `offset` on as written, to memory that tracks writes. Needed only
+    /// after writing through [`Self::as_ptr`] or an atomic; after the write, never before.
+    #[inline]
+    pub fn mark_dirty(&self, offset: usize, len: usize) {
+        if let Some((log, at)) = self.log {
+            log.wrote(at.saturating_add(offset as u64), len.min(self.len) as u64);
+        }
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> Option<NonNull<u8>> {
+        if offset > self.len || len > self.len - offset {
+            return None;
+        }
+        // SAFETY: `offset <= len` bytes lie in one mapping (S1), so the sum stays inside it.
+        Some(unsafe { self.base.add(offset) })
+    }
+
+    #[cold]
+    fn outside(&self, offset: usize, len: usize) -> MemoryError {
+        MemoryError::OutsideSlice { offset, len, slice_len: self.len }
+    }
+}
