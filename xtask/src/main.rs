@@ -1,2 +1,74 @@
-//! Everything a developer or CI runs.
-fn main() {}
+//! Everything a developer or CI runs, as `cargo xtask COMMAND`.
+//!
+//! One file per command; `test` is a table of steps, one file per family of steps.
+
+mod bench;
+mod docs;
+mod readme;
+mod run;
+mod test;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::run::Failure;
+use crate::workspace::Workspace;
+
+/// The command line. The README's commands are parsed with it too, so that they stay true.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run every check, in order, up to the first that fails
+    Test {
+        /// Run this step alone (may be given several times)
+        #[arg(long, value_name = "STEP", value_parser = clap::builder::PossibleValuesParser::new(test::names()))]
+        only: Vec<String>,
+        /// Print the steps and stop
+        #[arg(long)]
+        list: bool,
+    },
+    /// Run the benchmarks and print each ratio beside the one it must reach
+    Bench {
+        /// Run the benchmarks of this package alone (may be given several times)
+        #[arg(long, short, value_name = "NAME")]
+        package: Vec<String>,
+        /// Write the figures as JSON, too
+        #[arg(long, value_name = "FILE")]
+        save: Option<PathBuf>,
+    },
+    /// Build the API documentation, the man page and the shell completions, all below target/
+    Docs,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Test { list: true, .. } => {
+            test::list();
+            Ok(())
+        }
+        Command::Test { only, list: false } => {
+            Workspace::load().and_then(|workspace| test::run(&workspace, &only))
+        }
+        Command::Bench { package, save } => Workspace::load()
+            .and_then(|workspace| bench::run(&workspace, &package, save.as_deref())),
+        Command::Docs => Workspace::load().and_then(|workspace| docs::build(&workspace)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure),
+    }
+}
+
+fn report(failure: &Failure) -> ExitCode {
+    eprintln!("xtask: {failure}");
+    ExitCode::FAILURE
+}
