@@ -10,10 +10,10 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vmbus_wire::PAGE_SIZE;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::MemoryError;
 use crate::mapping::Mapping;
 use crate::ram::GuestRam;
 use crate::slice::{SharedSlice, WriteLog};
-use crate::MemoryError;
 
 /// Most regions one guest's memory may have. KVM on x86 has about as many slots.
 pub const MAX_REGIONS: usize = 512;
@@ -316,7 +316,11 @@ impl GuestMemory {
     ///
     /// # Errors
     /// [`MemoryError::NotRam`]; nothing was written.
-    pub fn write_obj<T: IntoBytes + Immutable>(&self, gpa: u64, value: &T) -> Result<(), MemoryError> {
+    pub fn write_obj<T: IntoBytes + Immutable>(
+        &self,
+        gpa: u64,
+        value: &T,
+    ) -> Result<(), MemoryError> {
         self.write(gpa, value.as_bytes())
     }
 

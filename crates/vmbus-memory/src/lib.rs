@@ -40,9 +40,7 @@ mod slice;
 mod vm_memory;
 
 pub use error::MemoryError;
-pub use guest::{
-    FdRegion, GuestMemory, MAX_MEMORY_BYTES, MAX_REGIONS, RamRegion,
-};
+pub use guest::{FdRegion, GuestMemory, MAX_MEMORY_BYTES, MAX_REGIONS, RamRegion};
 pub use pages::{MAX_RUNS, PageAllocator, PageRun};
 pub use ram::{GuestRam, HostRegion};
 pub use ring::{DEFAULT_MAPPINGS, MAX_RING_PAGES, MappingBudget, RingPages};
