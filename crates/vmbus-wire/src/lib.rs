@@ -8,6 +8,8 @@
 //! | module | what it describes |
 //! |---|---|
 //! | [`version`] | protocol versions, feature flags, what each of them brings |
+//! | [`message`] | every control message, 1 to 29 |
+//! | [`offer`] | flags and device-defined bytes of an offer |
 //! | [`packet`] | descriptors, extensions and trailers of the packets in a ring |
 //! | [`ranges`] | byte ranges over guest pages, as in GPADLs and GPA-direct packets |
 //! | [`ring`] | the control page of a ring |
@@ -22,6 +24,9 @@
 extern crate std;
 
 pub mod guid;
+pub mod hvsock;
+pub mod message;
+pub mod offer;
 pub mod packet;
 pub mod ranges;
 pub mod ring;

@@ -22,7 +22,7 @@ pub use descriptor::{
     PacketFlags, PacketHeader, PacketKind, PacketTrailer, TRAILER_SIZE, UNIT,
 };
 pub use extension::{
-    AdditionalDataHeader, EstablishGpadlHeader, ExtensionError, GpaDirectHeader, GpadlHeader,
+    AdditionalDataHeader, EstablishGpadlHeader, ExtensionError, GpaDirectHeader, GpadlReference,
     PageSetHeader, TransferPageRange, TransferPages, TransferPagesHeader,
 };
 

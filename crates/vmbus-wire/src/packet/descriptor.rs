@@ -2,7 +2,7 @@
 
 use bitflags::bitflags;
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes of a descriptor.
 pub const DESCRIPTOR_SIZE: u32 = 16;
@@ -22,19 +22,7 @@ pub const MIN_PACKET_BYTES: u32 = DESCRIPTOR_SIZE + TRAILER_SIZE;
 /// The descriptor of a packet, as either side writes it. Any bit pattern is a value of this type;
 /// only [`PacketDescriptor::check`] says that it makes sense. Lengths count units of 8 bytes.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct PacketDescriptor {
     /// [`PacketKind`].
     pub kind: U16,
@@ -52,19 +40,7 @@ const _: () = assert!(size_of::<PacketDescriptor>() == DESCRIPTOR_SIZE as usize)
 
 /// The end of a packet. Nobody needs to check a peer's.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct PacketTrailer {
     /// Zero.
     pub reserved: U32,

@@ -6,26 +6,14 @@
 //! [`additional_data`].
 
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::ranges::{GpaRanges, RangeError};
 
 /// Fixed part of [`AddPageSet`](super::PacketKind::AddPageSet) and
 /// [`RemovePageSet`](super::PacketKind::RemovePageSet).
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct PageSetHeader {
     /// The GPADL that holds the pages.
     pub gpadl_id: U32,
@@ -37,19 +25,7 @@ pub struct PageSetHeader {
 
 /// Fixed part of [`EstablishGpadl`](super::PacketKind::EstablishGpadl); ranges follow.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct EstablishGpadlHeader {
     /// The GPADL to be.
     pub gpadl_id: U32,
@@ -60,20 +36,8 @@ pub struct EstablishGpadlHeader {
 /// The whole extension of [`TeardownGpadl`](super::PacketKind::TeardownGpadl) and
 /// [`Gpadl`](super::PacketKind::Gpadl).
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
-pub struct GpadlHeader {
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
+pub struct GpadlReference {
     /// The GPADL meant.
     pub gpadl_id: U32,
     /// Zero.
@@ -82,19 +46,7 @@ pub struct GpadlHeader {
 
 /// Fixed part of [`TransferPages`](super::PacketKind::TransferPages); [`TransferPageRange`]s follow.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct TransferPagesHeader {
     /// The set that the ranges lie in.
     pub page_set_id: U16,
@@ -108,19 +60,7 @@ pub struct TransferPagesHeader {
 
 /// A range within a set of transfer pages.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct TransferPageRange {
     /// Length in bytes.
     pub byte_count: U32,
@@ -130,19 +70,7 @@ pub struct TransferPageRange {
 
 /// Fixed part of [`GpaDirect`](super::PacketKind::GpaDirect); ranges as in [`crate::ranges`] follow.
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct GpaDirectHeader {
     /// Zero when sent; garbage must be tolerated.
     pub reserved: U32,
@@ -162,19 +90,7 @@ impl GpaDirectHeader {
 /// The whole extension of [`DataWithAdditional`](super::PacketKind::DataWithAdditional) and
 /// [`AdditionalData`](super::PacketKind::AdditionalData).
 #[repr(C)]
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    Eq,
-    PartialEq,
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 pub struct AdditionalDataHeader {
     /// Bytes of data in all packets together.
     pub total_bytes: U64,
@@ -187,7 +103,7 @@ pub struct AdditionalDataHeader {
 const _: () = {
     assert!(size_of::<PageSetHeader>() == 8);
     assert!(size_of::<EstablishGpadlHeader>() == 8);
-    assert!(size_of::<GpadlHeader>() == 8);
+    assert!(size_of::<GpadlReference>() == 8);
     assert!(size_of::<TransferPagesHeader>() == 8);
     assert!(size_of::<TransferPageRange>() == 8);
     assert!(size_of::<GpaDirectHeader>() == 8);
@@ -216,7 +132,7 @@ macro_rules! one_word {
 }
 
 one_word! {
-    PageSetHeader EstablishGpadlHeader GpadlHeader TransferPagesHeader TransferPageRange GpaDirectHeader
+    PageSetHeader EstablishGpadlHeader GpadlReference TransferPagesHeader TransferPageRange GpaDirectHeader
 }
 
 /// Why an extension was refused. Always the peer's doing.
@@ -272,8 +188,8 @@ pub fn page_set(extension: &[u64]) -> Result<PageSetHeader, ExtensionError> {
 ///
 /// # Errors
 /// [`ExtensionError::Truncated`].
-pub fn gpadl(extension: &[u64]) -> Result<GpadlHeader, ExtensionError> {
-    first(extension).map(|(word, _)| GpadlHeader::from_word(word))
+pub fn gpadl(extension: &[u64]) -> Result<GpadlReference, ExtensionError> {
+    first(extension).map(|(word, _)| GpadlReference::from_word(word))
 }
 
 /// The extension of a packet of additional data.
