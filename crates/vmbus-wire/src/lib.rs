@@ -12,7 +12,11 @@
 //! | [`offer`] | flags and device-defined bytes of an offer |
 //! | [`packet`] | descriptors, extensions and trailers of the packets in a ring |
 //! | [`ranges`] | byte ranges over guest pages, as in GPADLs and GPA-direct packets |
+//! | [`pipe`] | the header of payloads in pipe mode |
 //! | [`ring`] | the control page of a ring |
+//! | [`monitor`] | the monitor pages of a connection |
+//! | [`synic`] | how a hypervisor carries control messages |
+//! | [`hvsock`] | vsock ports and service GUIDs |
 //! | [`guid`], [`status`] | identifiers and NTSTATUS values |
 //!
 //! All integers on the wire are little-endian, at whatever alignment their offset gives them.
@@ -26,11 +30,14 @@ extern crate std;
 pub mod guid;
 pub mod hvsock;
 pub mod message;
+pub mod monitor;
 pub mod offer;
 pub mod packet;
+pub mod pipe;
 pub mod ranges;
 pub mod ring;
 pub mod status;
+pub mod synic;
 pub mod version;
 
 /// Bytes of a page on the wire, whatever the page size of the guest itself.

@@ -11,8 +11,8 @@ use super::{HEADER_SIZE, MAX_MESSAGE_SIZE, MessageError, MessageHeader, MessageT
 /// A message of at most [`MAX_MESSAGE_SIZE`] bytes, stored in place. Derefs to its bytes.
 #[derive(Clone)]
 pub struct MessageBuffer {
-    bytes: [u8; MAX_MESSAGE_SIZE],
-    len: usize, // at most MAX_MESSAGE_SIZE
+    bytes: [u8; MAX_MESSAGE_SIZE], // zero behind the message
+    len: usize,                    // at most MAX_MESSAGE_SIZE
 }
 
 impl MessageBuffer {
@@ -35,9 +35,22 @@ impl MessageBuffer {
         Ok(buffer)
     }
 
+    /// Bytes of the message.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "at most 240")]
+    pub const fn size(&self) -> u8 {
+        self.len as u8
+    }
+
+    /// The message and zeroes behind it.
+    #[must_use]
+    pub const fn padded(&self) -> [u8; MAX_MESSAGE_SIZE] {
+        self.bytes
+    }
+
     /// Forgets what there is and begins a message of this type.
     pub(super) fn begin(&mut self, message: MessageType) {
-        self.len = 0;
+        *self = Self::new();
         let header = MessageHeader { message_type: message.to_wire().into(), padding: 0.into() };
         self.push(header.as_bytes());
     }
