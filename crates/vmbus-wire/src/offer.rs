@@ -202,3 +202,59 @@ const _: () = {
     assert!(size_of::<HvsockUserDefined>() == USER_DATA_SIZE);
     assert!(size_of::<IdeUserDefined>() == USER_DATA_SIZE);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipe_has_its_layout() {
+        let mut bytes = [0; USER_DATA_SIZE];
+        bytes[0] = 4; // 60 of the offer
+        assert_eq!(PipeUserDefined::message_pipe().to_bytes(), bytes);
+        bytes[4] = 0xaa; // 64
+        bytes[115] = 0xbb; // 175
+        bytes[116] = 1; // 176
+        let pipe = PipeUserDefined::from_bytes(bytes);
+        assert_eq!(pipe.pipe_type.get(), PipeUserDefined::MESSAGE_PIPE);
+        assert_eq!((pipe.provider_data[0], pipe.provider_data[111]), (0xaa, 0xbb));
+        assert_eq!(pipe.flags.get(), PipeFlags::GPA_DIRECT.bits());
+        assert_eq!(pipe.to_bytes(), bytes);
+        assert_eq!(PipeUserDefined::byte_pipe().to_bytes(), [0; USER_DATA_SIZE]);
+    }
+
+    #[test]
+    fn a_socket_connection_has_its_layout() {
+        let mut bytes = [0; USER_DATA_SIZE];
+        assert_eq!(HvsockUserDefined::new(false).to_bytes(), bytes);
+        bytes[4] = 1; // 64 of the offer
+        assert_eq!(HvsockUserDefined::new(true).to_bytes(), bytes);
+        bytes[5] = 1; // 65
+        bytes[6..10].copy_from_slice(&[1, 2, 3, 4]); // 66, not aligned
+        bytes[10..26].copy_from_slice(&[0xcc; 16]); // 70
+        let hvsock = HvsockUserDefined::from_bytes(bytes);
+        assert_eq!((hvsock.is_for_guest_accept, hvsock.is_for_guest_container), (1, 1));
+        assert_eq!(hvsock.version.get(), 0x0403_0201);
+        assert_eq!(hvsock.silo_id, Guid::from_bytes([0xcc; 16]));
+        assert_eq!((hvsock.padding.get(), hvsock.reserved), (0, [0; 92]));
+        assert_eq!(hvsock.to_bytes(), bytes);
+    }
+
+    #[test]
+    fn an_ide_disk_has_its_layout() {
+        let mut bytes = [0; USER_DATA_SIZE];
+        bytes[2] = 1; // 62 of the offer
+        bytes[3] = 3; // 63
+        bytes[8] = 2; // 68
+        let ide = IdeUserDefined::new(1, 3);
+        assert_eq!(ide.to_bytes(), bytes);
+        assert_eq!(IdeUserDefined::from_bytes(bytes), ide);
+    }
+
+    #[test]
+    fn the_kinds_of_channel_have_their_flags() {
+        assert_eq!(OfferFlags::PIPE.bits(), 0x0011);
+        assert_eq!(OfferFlags::HVSOCK.bits(), 0x2011);
+        assert_eq!(OfferFlags::all().bits(), 0x271f);
+    }
+}

@@ -314,3 +314,175 @@ pub enum RangeError {
         words: usize,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use std::string::ToString;
+    use std::vec;
+    use std::vec::Vec;
+
+    use proptest::collection::vec as vec_of;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const fn header(byte_count: u32, byte_offset: u32) -> u64 {
+        (byte_offset as u64) << 32 | byte_count as u64
+    }
+
+    #[test]
+    fn a_range_touches_each_page_it_has_a_byte_in() {
+        for (byte_offset, byte_count, pages) in [
+            (0, 1, 1),
+            (0, 4096, 1),
+            (0, 4097, 2),
+            (4095, 1, 1),
+            (4095, 2, 2),
+            (1, 4095, 1),
+            (1, 4096, 2),
+            (0, u32::MAX, 1 << 20),
+            (u32::MAX, u32::MAX, (1 << 21)), // no overflow, even of what no range may be
+        ] {
+            assert_eq!(pages_spanned(byte_offset, byte_count), pages, "{byte_offset}+{byte_count}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_taken_apart() {
+        let words = [header(4096, 0xff0), 10, 11, header(8, 0), 12, header(1, 4095), 13];
+        let ranges = GpaRanges::parse(&words, 3).unwrap();
+        assert_eq!(
+            (ranges.range_count(), ranges.total_bytes(), ranges.total_pages()),
+            (3, 4105, 4)
+        );
+        assert_eq!(ranges.iter().len(), 3);
+        let expected = [
+            GpaRange { byte_count: 4096, byte_offset: 0xff0, pfns: &[10, 11] },
+            GpaRange { byte_count: 8, byte_offset: 0, pfns: &[12] },
+            GpaRange { byte_count: 1, byte_offset: 4095, pfns: &[13] },
+        ];
+        assert!(ranges.iter().eq(expected));
+        assert_eq!(ranges.single(), None);
+        for range in expected {
+            assert_eq!(range.check(), Ok(()), "{range:?}");
+        }
+        let words = [header(8, 0), 12];
+        let ranges = GpaRanges::parse(&words, 1).unwrap();
+        assert_eq!(ranges.single(), Some(expected[1]));
+    }
+
+    #[test]
+    fn ranges_that_make_no_sense_are_refused() {
+        let most = MAX_PFN;
+        let table: [(&[u64], u32, Result<u64, RangeError>); 19] = [
+            (&[header(1, 0), most], 1, Ok(1)),
+            (&[header(1, 4095), 0], 1, Ok(1)),
+            (&[], 0, Err(RangeError::NoRanges)),
+            (&[header(1, 0), 0], 0, Err(RangeError::NoRanges)),
+            (&[], 1, Err(RangeError::Truncated { range: 0, pages: 1, words: 0 })),
+            (&[header(1, 0)], 1, Err(RangeError::Truncated { range: 0, pages: 1, words: 0 })),
+            (&[header(4097, 0), 1], 1, Err(RangeError::Truncated { range: 0, pages: 2, words: 1 })),
+            (&[header(8, 4092), 1], 1, Err(RangeError::Truncated { range: 0, pages: 2, words: 1 })),
+            (
+                &[header(u32::MAX, 0), 1],
+                1,
+                Err(RangeError::Truncated { range: 0, pages: 1 << 20, words: 1 }),
+            ),
+            (&[header(1, 0), 1], 2, Err(RangeError::Truncated { range: 1, pages: 1, words: 0 })),
+            (
+                &[header(1, 0), 1],
+                u32::MAX,
+                Err(RangeError::Truncated { range: 1, pages: 1, words: 0 }),
+            ),
+            (&[header(0, 0), 1], 1, Err(RangeError::Empty { range: 0 })),
+            (&[header(1, 0), 1, header(0, 5), 1], 2, Err(RangeError::Empty { range: 1 })),
+            (&[header(1, 4096), 1], 1, Err(RangeError::ByteOffset { range: 0, byte_offset: 4096 })),
+            (
+                &[header(u32::MAX, u32::MAX), 1],
+                1,
+                Err(RangeError::ByteOffset { range: 0, byte_offset: u32::MAX }),
+            ),
+            (
+                &[header(u32::MAX, 1), 1],
+                1,
+                Err(RangeError::Overflow { range: 0, byte_count: u32::MAX, byte_offset: 1 }),
+            ),
+            (&[header(1, 0), most + 1], 1, Err(RangeError::Pfn { range: 0, pfn: most + 1 })),
+            (
+                &[header(1, 0), 1, header(4097, 0), 3, u64::MAX],
+                2,
+                Err(RangeError::Pfn { range: 1, pfn: u64::MAX }),
+            ),
+            (&[header(1, 0), 1, 2], 1, Err(RangeError::TrailingWords { words: 1 })),
+        ];
+        for (words, range_count, expected) in table {
+            let got = GpaRanges::parse(words, range_count).map(|ranges| ranges.total_bytes());
+            assert_eq!(got, expected, "{range_count} ranges in {words:x?}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_leaves_the_rest() {
+        let words = [header(1, 0), 1, 2, u64::MAX];
+        let (ranges, rest) = GpaRanges::parse_prefix(&words, 1).unwrap();
+        assert_eq!((ranges.words(), rest), (&words[..2], &words[2..]));
+    }
+
+    #[test]
+    fn a_senders_own_range_is_held_to_the_same_rules() {
+        let check = |byte_count, byte_offset, pfns: &[u64]| {
+            GpaRange { byte_count, byte_offset, pfns }.check().err()
+        };
+        assert_eq!(check(4097, 0, &[1, 2]), None);
+        assert_eq!(
+            check(4097, 0, &[1]),
+            Some(RangeError::Truncated { range: 0, pages: 2, words: 1 })
+        );
+        assert_eq!(check(4096, 0, &[1, 2]), Some(RangeError::TrailingWords { words: 1 }));
+        assert_eq!(check(0, 0, &[]), Some(RangeError::Empty { range: 0 }));
+    }
+
+    #[test]
+    fn an_error_reads_like_a_sentence_with_the_numbers() {
+        let error = RangeError::Truncated { range: 2, pages: 4, words: 3 };
+        assert_eq!(error.to_string(), "range 2 spans 4 pages, 3 words are left for them");
+    }
+
+    /// Words that look like ranges more often than chance would have it.
+    fn any_words() -> impl Strategy<Value = Vec<u64>> {
+        let word = prop_oneof![
+            (0..20_000_u32, 0..4200_u32).prop_map(|(count, offset)| header(count, offset)),
+            0..=MAX_PFN,
+            any::<u64>(),
+        ];
+        vec_of(word, 0..40)
+    }
+
+    proptest! {
+        /// No words make the parser panic, and what it accepts is what section 5 allows.
+        #[test]
+        fn accepted_ranges_hold_to_the_rules(words in any_words(), range_count in 0..8_u32) {
+            let Ok((ranges, rest)) = GpaRanges::parse_prefix(&words, range_count) else {
+                prop_assert!(GpaRanges::parse(&words, range_count).is_err());
+                return Ok(());
+            };
+            prop_assert_eq!(GpaRanges::parse(&words, range_count).is_ok(), rest.is_empty());
+            prop_assert_eq!(ranges.words().len() + rest.len(), words.len());
+            let mut again: Vec<u64> = vec![];
+            let mut total_bytes = 0;
+            for range in &ranges {
+                prop_assert!(range.byte_count > 0 && range.byte_offset < 4096);
+                let end = u64::from(range.byte_offset) + u64::from(range.byte_count);
+                prop_assert!(end <= u64::from(u32::MAX));
+                prop_assert_eq!(range.pfns.len() as u64, end.div_ceil(4096));
+                prop_assert!(range.pfns.iter().all(|pfn| pfn.checked_mul(4096).is_some()));
+                total_bytes += u64::from(range.byte_count);
+                again.push(range.header_word());
+                again.extend(range.pfns);
+            }
+            prop_assert_eq!(again, ranges.words());
+            prop_assert_eq!(total_bytes, ranges.total_bytes());
+            prop_assert_eq!(ranges.iter().count(), range_count as usize);
+        }
+    }
+}

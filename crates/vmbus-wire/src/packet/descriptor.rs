@@ -343,3 +343,156 @@ pub enum PacketError {
         payload_len: u32,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GPA_DIRECT: [u8; 16] = [9, 0, 5, 0, 12, 0, 1, 0, 0xfd, 1, 2, 3, 4, 5, 6, 0xff];
+
+    fn descriptor(kind: u16, data_offset_8b: u16, length_8b: u16, flags: u16) -> PacketDescriptor {
+        PacketDescriptor {
+            kind: kind.into(),
+            data_offset_8b: data_offset_8b.into(),
+            length_8b: length_8b.into(),
+            flags: flags.into(),
+            transaction_id: 7.into(),
+        }
+    }
+
+    #[test]
+    fn a_descriptor_has_its_layout() {
+        let descriptor = PacketDescriptor::read_from_bytes(&GPA_DIRECT).unwrap();
+        let header = PacketHeader {
+            kind: PacketKind::GpaDirect,
+            wants_completion: true,
+            transaction_id: 0xff06_0504_0302_01fd,
+            extension_len: 24,
+            payload_len: 56,
+        };
+        assert_eq!(descriptor.check(104), Ok(header));
+        assert_eq!((header.payload_offset(), header.ring_bytes()), (40, 104));
+        assert_eq!(header.to_descriptor().unwrap().as_bytes(), GPA_DIRECT);
+        let trailer = PacketTrailer::new(0x0403_0208);
+        assert_eq!(trailer.as_bytes(), [0, 0, 0, 0, 8, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_descriptor_is_refused_by_the_first_rule_it_breaks() {
+        let ok = |extension_len, payload_len| Ok((extension_len, payload_len));
+        for (row, available, expected) in [
+            ((6, 2, 2, 0), 24, ok(0, 0)), // the smallest packet
+            ((6, 2, 2, 1), 4096, ok(0, 0)),
+            ((6, 3, 4, 0), 40, ok(8, 8)), // an extension where none is needed
+            ((6, 2, 0xffff, 0), 524_288, ok(0, 524_264)), // the longest
+            ((6, 0xffff, 0xffff, 0), 524_288, ok(524_264, 0)),
+            ((9, 5, 5, 0), 48, ok(24, 0)),
+            ((6, 2, 2, 0), 0, Err(PacketError::NoRoom { available: 0 })),
+            ((6, 2, 2, 0), 23, Err(PacketError::NoRoom { available: 23 })),
+            ((6, 2, 3, 0), 31, Err(PacketError::Truncated { length: 24, available: 31 })),
+            ((6, 2, 3, 0), 24, Err(PacketError::Truncated { length: 24, available: 24 })),
+            (
+                (6, 2, 0xffff, 0),
+                524_287,
+                Err(PacketError::Truncated { length: 524_280, available: 524_287 }),
+            ),
+            ((6, 1, 2, 0), 24, Err(PacketError::DataOffset { data_offset: 8, length: 16 })),
+            ((6, 0, 0, 0), 24, Err(PacketError::DataOffset { data_offset: 0, length: 0 })),
+            ((6, 2, 1, 0), 24, Err(PacketError::DataOffset { data_offset: 16, length: 8 })),
+            ((6, 3, 2, 0), 24, Err(PacketError::DataOffset { data_offset: 24, length: 16 })),
+            ((6, 2, 2, 2), 24, Err(PacketError::Flags { flags: 2 })),
+            ((6, 2, 2, 0x8001), 24, Err(PacketError::Flags { flags: 0x8001 })),
+            ((0, 2, 2, 0), 24, Err(PacketError::Kind { kind: 0 })),
+            ((14, 2, 2, 0), 24, Err(PacketError::Kind { kind: 14 })),
+            ((0xffff, 2, 2, 0), 24, Err(PacketError::Kind { kind: 0xffff })),
+            (
+                (9, 4, 4, 0),
+                40,
+                Err(PacketError::Extension {
+                    kind: PacketKind::GpaDirect,
+                    needed: 24,
+                    extension_len: 16,
+                }),
+            ),
+            (
+                (7, 3, 8, 0),
+                72,
+                Err(PacketError::Extension {
+                    kind: PacketKind::TransferPages,
+                    needed: 16,
+                    extension_len: 8,
+                }),
+            ),
+        ] {
+            let (kind, data_offset_8b, length_8b, flags) = row;
+            let got = descriptor(kind, data_offset_8b, length_8b, flags)
+                .check(available)
+                .map(|header| (header.extension_len, header.payload_len));
+            assert_eq!(got, expected, "{row:?} with {available} bytes");
+        }
+    }
+
+    #[test]
+    fn kinds_have_their_values() {
+        for (row, kind) in PacketKind::ALL.into_iter().enumerate() {
+            assert_eq!(usize::from(kind.to_wire()), row + 1, "{kind:?}");
+            assert_eq!(PacketKind::from_wire(kind.to_wire()), Some(kind));
+            assert!(kind.min_extension_len().is_multiple_of(UNIT), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_packet_to_be_sent_is_padded_and_bounded() {
+        let header = |extension_len, payload_len| PacketHeader {
+            kind: PacketKind::InBand,
+            wants_completion: false,
+            transaction_id: 0,
+            extension_len,
+            payload_len,
+        };
+        for (extension_len, payload_len, expected) in [
+            (0, 0, Some((2, 2))),
+            (0, 1, Some((2, 3))),
+            (0, 8, Some((2, 3))),
+            (9, 1, Some((4, 5))),
+            (0, 524_264, Some((2, 0xffff))),
+            (0, 524_265, None),
+            (524_264, 0, Some((0xffff, 0xffff))),
+            (524_264, 1, None),
+            (u32::MAX, u32::MAX, None),
+        ] {
+            let got = header(extension_len, payload_len).to_descriptor();
+            let lengths = got.map(|got| (got.data_offset_8b.get(), got.length_8b.get()));
+            let expected = expected.ok_or(PacketError::TooLong { extension_len, payload_len });
+            assert_eq!(lengths, expected, "{extension_len} and {payload_len} bytes");
+        }
+        assert_eq!(header(u32::MAX, u32::MAX).ring_bytes(), u32::MAX);
+    }
+
+    proptest! {
+        /// No bytes make the check panic, and what it accepts lies within what is available and is
+        /// written as it was read.
+        #[test]
+        fn an_accepted_packet_lies_within_the_ring(
+            bytes: [u8; 16],
+            likely in (0..16_u16, 0..8_u16, 0..16_u16, 0..2_u16),
+            use_likely: bool,
+            available in prop_oneof![0..160_u32, any::<u32>()],
+        ) {
+            let (kind, data_offset_8b, length_8b, flags) = likely;
+            let descriptor = if use_likely {
+                descriptor(kind, data_offset_8b, length_8b, flags)
+            } else {
+                PacketDescriptor::read_from_bytes(&bytes).unwrap()
+            };
+            if let Ok(header) = descriptor.check(available) {
+                prop_assert!((MIN_PACKET_BYTES..=available).contains(&header.ring_bytes()));
+                prop_assert!(header.ring_bytes().is_multiple_of(UNIT));
+                prop_assert!(header.extension_len >= header.kind.min_extension_len());
+                prop_assert_eq!(header.to_descriptor(), Ok(descriptor));
+            }
+        }
+    }
+}

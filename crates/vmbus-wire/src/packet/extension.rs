@@ -253,3 +253,121 @@ fn first(extension: &[u64]) -> Result<(u64, &[u64]), ExtensionError> {
         None => Err(ExtensionError::Truncated { needed: 1, words: 0 }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use proptest::collection::vec as vec_of;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ranges::GpaRange;
+
+    /// The words of these bytes, as a reader of the ring makes them.
+    fn words(bytes: &[u8]) -> Vec<u64> {
+        assert!(bytes.len().is_multiple_of(8));
+        bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect()
+    }
+
+    #[test]
+    fn gpa_direct_has_its_layout() {
+        // Garbage in the reserved field, one range, one unused word as of a list of fixed size.
+        let extension = words(&[
+            0xde, 0xad, 0xbe, 0xef, 1, 0, 0, 0, // reserved, range count
+            0, 2, 0, 0, 0x10, 0, 0, 0, // 512 bytes at 16
+            0x45, 0x23, 1, 0, 0, 0, 0, 0, // page 0x12345
+            0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+        ]);
+        let ranges = gpa_direct(&extension).unwrap();
+        let expected = GpaRange { byte_count: 512, byte_offset: 16, pfns: &[0x12345] };
+        assert_eq!(ranges.single(), Some(expected));
+        assert_eq!(GpaDirectHeader::new(3).as_bytes(), [0, 0, 0, 0, 3, 0, 0, 0]);
+        assert_eq!(GpaDirectHeader::new(3).to_word(), 3 << 32);
+        assert_eq!(expected.header_word(), extension[1]);
+    }
+
+    #[test]
+    fn transfer_pages_have_their_layout() {
+        let extension = words(&[
+            0xfe, 0xca, 1, 0, 2, 0, 0, 0, // page set, owned, range count
+            1, 0, 0, 0, 2, 0, 0, 0, // 1 byte at 2
+            3, 0, 0, 0, 4, 0, 0, 0, // 3 bytes at 4
+        ]);
+        let pages = TransferPages::parse(&extension).unwrap();
+        assert_eq!((pages.page_set_id, pages.sender_owns_set), (0xcafe, true));
+        let ranges: Vec<(u32, u32)> =
+            pages.ranges().map(|range| (range.byte_count.get(), range.byte_offset.get())).collect();
+        assert_eq!(ranges, [(1, 2), (3, 4)]);
+    }
+
+    #[test]
+    fn the_other_extensions_have_their_layouts() {
+        let set = page_set(&words(&[1, 2, 3, 4, 5, 6, 7, 8])).unwrap();
+        assert_eq!((set.gpadl_id.get(), set.page_set_id.get()), (0x0403_0201, 0x0605));
+        let reference = gpadl(&words(&[1, 2, 3, 4, 5, 6, 7, 8])).unwrap();
+        assert_eq!(reference.gpadl_id.get(), 0x0403_0201);
+        let data =
+            additional_data(&words(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]))
+                .unwrap();
+        assert_eq!(data.total_bytes.get(), 0x0807_0605_0403_0201);
+        assert_eq!((data.byte_offset.get(), data.byte_count.get()), (0x0c0b_0a09, 0x100f_0e0d));
+        let extension = words(&[
+            1, 2, 3, 4, 1, 0, 0, 0, // GPADL, range count
+            8, 0, 0, 0, 0, 0, 0, 0, // 8 bytes at 0
+            9, 0, 0, 0, 0, 0, 0, 0, // page 9
+        ]);
+        let (id, ranges) = establish_gpadl(&extension).unwrap();
+        assert_eq!(id, 0x0403_0201);
+        assert_eq!(ranges.single().map(|range| range.pfns), Some(&[9][..]));
+    }
+
+    #[test]
+    fn short_and_lying_extensions_are_refused() {
+        let too_short = |needed, words| Some(ExtensionError::Truncated { needed, words });
+        assert_eq!(gpa_direct(&[]).err(), too_short(1, 0));
+        assert_eq!(establish_gpadl(&[]).err(), too_short(1, 0));
+        assert_eq!(page_set(&[]).err(), too_short(1, 0));
+        assert_eq!(gpadl(&[]).err(), too_short(1, 0));
+        assert_eq!(additional_data(&[0]).err(), too_short(2, 1));
+        assert_eq!(TransferPages::parse(&[]).err(), too_short(1, 0));
+        assert_eq!(TransferPages::parse(&[2 << 32, 0]).err(), too_short(3, 2));
+        assert_eq!(
+            TransferPages::parse(&[u64::MAX, 0]).err(),
+            too_short(1 + u64::from(u32::MAX), 2)
+        );
+        let no_ranges = Some(ExtensionError::Ranges(RangeError::NoRanges));
+        assert_eq!(TransferPages::parse(&[0, 0]).err(), no_ranges);
+        assert_eq!(gpa_direct(&[0, 8, 9]).err(), no_ranges);
+        assert_eq!(
+            gpa_direct(&[2 << 32, 8, 9]).err(),
+            Some(RangeError::Truncated { range: 1, pages: 1, words: 0 }.into())
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_extension_is_accepted_or_an_error(extension in vec_of(any::<u64>(), 0..20)) {
+            let _ = gpa_direct(&extension);
+            let _ = establish_gpadl(&extension);
+            let _ = page_set(&extension);
+            let _ = gpadl(&extension);
+            let _ = additional_data(&extension);
+            if let Ok(pages) = TransferPages::parse(&extension) {
+                prop_assert!((1..extension.len()).contains(&pages.ranges().len()));
+            }
+        }
+
+        #[test]
+        fn a_word_is_its_struct(word: u64) {
+            prop_assert_eq!(PageSetHeader::from_word(word).to_word(), word);
+            prop_assert_eq!(EstablishGpadlHeader::from_word(word).to_word(), word);
+            prop_assert_eq!(GpadlReference::from_word(word).to_word(), word);
+            prop_assert_eq!(TransferPagesHeader::from_word(word).to_word(), word);
+            prop_assert_eq!(TransferPageRange::from_word(word).to_word(), word);
+            prop_assert_eq!(GpaDirectHeader::from_word(word).to_word(), word);
+            let header = GpaDirectHeader::from_word(word);
+            prop_assert_eq!(header.as_bytes(), word.to_le_bytes());
+        }
+    }
+}
