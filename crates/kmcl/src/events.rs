@@ -1,0 +1,246 @@
+//! The mailbox of a channel: what the bus and its own users ask of it, in order, and the bell that
+//! wakes whoever drives it or waits for it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::Duration;
+
+use vmbus_wire::status::NtStatus;
+
+use crate::bus::{BusEvent, MAX_PENDING_EVENTS};
+use crate::lifecycle::Event;
+
+/// Where a bus puts the events of one channel. Cheap to clone; usable from any thread.
+#[derive(Clone)]
+pub struct EventSink {
+    mailbox: Arc<Mailbox>,
+    connection: u32,
+}
+
+impl EventSink {
+    pub(crate) fn new(mailbox: Arc<Mailbox>, connection: u32) -> Self {
+        Self { mailbox, connection }
+    }
+
+    /// Puts `event` behind those that wait, and wakes whoever drives the channel. Events of a former
+    /// connection of the channel (before it was disabled and enabled again) are dropped.
+    ///
+    /// Returns `false` when [`MAX_PENDING_EVENTS`] are waiting: the bus has broken its rules, and the
+    /// event is lost.
+    pub fn post(&self, event: BusEvent) -> bool {
+        let posted = match event {
+            // Whoever asked is waiting, perhaps inside a callback: it must not queue behind that.
+            BusEvent::GpadlCreated { gpadl, status } => {
+                self.mailbox.answer(GpadlAnswer::Created { gpadl, status })
+            }
+            BusEvent::GpadlTornDown { gpadl } => {
+                self.mailbox.answer(GpadlAnswer::TornDown { gpadl })
+            }
+            event => self.mailbox.post_bus(self.connection, event),
+        };
+        if !posted {
+            tracing::error!(limit = MAX_PENDING_EVENTS, "bus events for a channel overflow");
+        }
+        posted
+    }
+
+    /// A sink that belongs to no channel and keeps what it is given: for the tests of a bus.
+    #[must_use]
+    pub fn recorder() -> (Self, Recorder) {
+        let mailbox = Arc::new(Mailbox::default());
+        (Self::new(Arc::clone(&mailbox), 0), Recorder { mailbox })
+    }
+}
+
+impl std::fmt::Debug for EventSink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventSink").field("connection", &self.connection).finish_non_exhaustive()
+    }
+}
+
+/// The other end of [`EventSink::recorder`].
+pub struct Recorder {
+    mailbox: Arc<Mailbox>,
+}
+
+impl Recorder {
+    /// The events posted since the last call, oldest first.
+    #[must_use]
+    pub fn take(&self) -> Vec<BusEvent> {
+        let mut events = Vec::new();
+        while let Some(letter) = self.mailbox.take() {
+            if let Letter::Bus { event, .. } = letter {
+                events.push(event);
+            }
+        }
+        events.extend(self.mailbox.lock().answers.drain(..).map(|answer| match answer {
+            GpadlAnswer::Created { gpadl, status } => BusEvent::GpadlCreated { gpadl, status },
+            GpadlAnswer::TornDown { gpadl } => BusEvent::GpadlTornDown { gpadl },
+        }));
+        events
+    }
+}
+
+/// One thing for the channel to look at.
+#[expect(clippy::large_enum_variant, reason = "letters are few, short-lived and moved twice")]
+pub(crate) enum Letter {
+    Bus { connection: u32, event: BusEvent },
+    Request { ticket: u64, event: Event },
+}
+
+/// The answer to something that a caller waits for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum GpadlAnswer {
+    Created { gpadl: u32, status: NtStatus },
+    TornDown { gpadl: u32 },
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Mailbox {
+    inner: Mutex<Inner>,
+    /// Mirrors `!inner.letters.is_empty()`, so that the data path need not lock to find nothing.
+    waiting: AtomicBool,
+    bell: Condvar,
+}
+
+#[derive(Default)]
+struct Inner {
+    letters: VecDeque<Letter>,
+    answers: Vec<GpadlAnswer>,
+    /// Tickets given to requests so far.
+    tickets: u64,
+    waker: Option<Waker>,
+    /// Counts rings of the bell: a waiter that saw n sleeps only while it is still n.
+    rung: u64,
+}
+
+impl Mailbox {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post_bus(&self, connection: u32, event: BusEvent) -> bool {
+        let mut inner = self.lock();
+        if inner.letters.len() >= MAX_PENDING_EVENTS {
+            return false;
+        }
+        inner.letters.push_back(Letter::Bus { connection, event });
+        self.waiting.store(true, Ordering::Release);
+        self.ring(inner);
+        true
+    }
+
+    /// Puts a request of the channel's own user into the mailbox; its ticket tells when it was
+    /// handled.
+    pub(crate) fn post_request(&self, event: Event) -> u64 {
+        let mut inner = self.lock();
+        inner.tickets += 1;
+        let ticket = inner.tickets;
+        inner.letters.push_back(Letter::Request { ticket, event });
+        self.waiting.store(true, Ordering::Release);
+        self.ring(inner);
+        ticket
+    }
+
+    fn answer(&self, answer: GpadlAnswer) -> bool {
+        let mut inner = self.lock();
+        if inner.answers.len() >= MAX_PENDING_EVENTS {
+            return false;
+        }
+        inner.answers.push(answer);
+        self.ring(inner);
+        true
+    }
+
+    /// The answer that `wanted` accepts, if it is there.
+    pub(crate) fn take_answer(&self, wanted: impl Fn(&GpadlAnswer) -> bool) -> Option<GpadlAnswer> {
+        let mut inner = self.lock();
+        let at = inner.answers.iter().position(wanted)?;
+        Some(inner.answers.swap_remove(at))
+    }
+
+    /// Forgets answers that nobody came for.
+    pub(crate) fn clear_answers(&self) {
+        self.lock().answers.clear();
+    }
+
+    /// The oldest letter.
+    pub(crate) fn take(&self) -> Option<Letter> {
+        let mut inner = self.lock();
+        let letter = inner.letters.pop_front();
+        self.waiting.store(!inner.letters.is_empty(), Ordering::Release);
+        letter
+    }
+
+    /// Whether a letter waits.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Acquire)
+    }
+
+    /// Whether an event waits that ends the connection.
+    pub(crate) fn has_ending(&self) -> bool {
+        self.lock().letters.iter().any(|letter| {
+            matches!(letter, Letter::Bus { event: BusEvent::PeerClosed | BusEvent::Rescinded, .. })
+        })
+    }
+
+    /// Wakes whoever drives the channel and whoever waits for it.
+    pub(crate) fn wake(&self) {
+        self.ring(self.lock());
+    }
+
+    /// Wakes whoever waits for the channel, and not its driver: it is the driver who calls.
+    pub(crate) fn notify(&self) {
+        let mut inner = self.lock();
+        inner.rung = inner.rung.wrapping_add(1);
+        drop(inner);
+        self.bell.notify_all();
+    }
+
+    fn ring(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.rung = inner.rung.wrapping_add(1);
+        let waker = inner.waker.clone();
+        drop(inner);
+        self.bell.notify_all();
+        if let Some(waker) = waker {
+            waker.wake(); // foreign code: never under our lock
+        }
+    }
+
+    /// How often the bell has rung. Taken before a condition is checked, given to [`Self::wait`].
+    pub(crate) fn rung(&self) -> u64 {
+        self.lock().rung
+    }
+
+    /// Sleeps until the bell has rung more often than `seen`, or `limit` is over.
+    pub(crate) fn wait(&self, seen: u64, limit: Option<Duration>) {
+        let mut inner = self.lock();
+        while inner.rung == seen {
+            match limit {
+                None => inner = self.bell.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                Some(limit) => {
+                    let (guard, timeout) = self
+                        .bell
+                        .wait_timeout(inner, limit)
+                        .unwrap_or_else(PoisonError::into_inner);
+                    inner = guard;
+                    if timeout.timed_out() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn set_waker(&self, waker: Option<Waker>) {
+        self.lock().waker = waker;
+    }
+
+    /// Whether somebody drives the channel from a loop of his own.
+    pub(crate) fn has_driver(&self) -> bool {
+        self.lock().waker.is_some()
+    }
+}

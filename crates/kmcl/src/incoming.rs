@@ -1,0 +1,188 @@
+//! A packet from the peer, in the hands of the device.
+
+use crate::channel::Channel;
+use crate::error::{ChannelError, Error};
+use crate::external::ExternalData;
+use crate::flags::ExternalDataFlags;
+use crate::pool::{Body, External};
+use crate::traffic::HandedBack;
+
+/// What the thread that delivers a packet may do. KMCL's two interrupt levels, outside Windows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Level {
+    /// PASSIVE_LEVEL: it may sleep.
+    Passive,
+    /// DISPATCH_LEVEL: it must not sleep.
+    Dispatch,
+}
+
+/// One incoming packet, from its delivery to its completion. The payload is a private copy that the
+/// peer cannot change; external data is memory that it can.
+///
+/// Dropping a packet that was not completed fails it ([`Self::fail`]) and says so in the log.
+///
+/// Source: VMBPACKETCOMPLETION.
+pub struct IncomingPacket {
+    body: Option<Box<Body>>,
+    channel: Channel,
+    level: Level,
+}
+
+impl IncomingPacket {
+    pub(crate) fn new(body: Box<Body>, channel: Channel, level: Level) -> Self {
+        Self { body: Some(body), channel, level }
+    }
+
+    /// The message, without the bus's headers. Its length is a multiple of 8 (the ring keeps no
+    /// other), except on a pipe, where it is exact.
+    #[must_use]
+    pub fn payload(&self) -> &[u8] {
+        self.body.as_ref().map_or(&[], |body| body.payload())
+    }
+
+    /// The peer's id of the transaction: any 64 bits, not necessarily unique.
+    #[must_use]
+    pub fn transaction_id(&self) -> u64 {
+        self.body.as_ref().map_or(0, |body| body.transaction_id)
+    }
+
+    /// Whether the peer waits for a completion.
+    #[must_use]
+    pub fn wants_completion(&self) -> bool {
+        self.body.as_ref().is_some_and(|body| body.wants_completion)
+    }
+
+    /// Whether the packet refers to external data
+    /// (`VMBUS_CHANNEL_PROCESS_PACKET_FLAG_EXTERNAL_DATA`).
+    #[must_use]
+    pub fn has_external_data(&self) -> bool {
+        self.body.as_ref().is_some_and(|body| body.external != External::None)
+    }
+
+    /// What the thread that delivers the packet may do.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// The channel it came on.
+    #[must_use]
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// The driver's own area on the packet, zeroed at delivery; its size is that of
+    /// [`Channel::init_set_client_context_size`] (D-62).
+    ///
+    /// Source: VmbChannelPacketGetClientContext.
+    pub fn client_context(&mut self) -> &mut [u8] {
+        self.body.as_mut().map_or(&mut [], |body| body.context())
+    }
+
+    /// The guest memory that belongs to the transaction. It stays valid until the packet is
+    /// completed, and a second call gives the same (D-43).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] without external data (D-43); [`Error::TooMuchExternalData`] beyond what
+    /// the channel was set up for (D-40); [`Error::NotMemory`] for pages that are not RAM;
+    /// [`Error::Pending`] while memory is brought in: call [`Self::redeliver`] then.
+    ///
+    /// Source: VmbChannelPacketGetExternalData.
+    pub fn external_data(&self, flags: ExternalDataFlags) -> Result<ExternalData<'_>, Error> {
+        let no_data = Error::Argument { position: 1, name: "PacketCompletionContext", value: 0 };
+        let body = self.body.as_ref().ok_or(no_data)?;
+        if let External::TooMuch { bytes } = body.external {
+            return Err(Error::TooMuchExternalData { bytes, limit: body.external_limit() });
+        }
+        let ranges = body.ranges().ok_or(no_data)?;
+        let data = ExternalData::new(body.memory(), ranges, flags)?;
+        match body.residency() {
+            Some(residency) if !data.ensure_resident(residency, &self.channel) => {
+                Err(Error::Pending)
+            }
+            _ => Ok(data),
+        }
+    }
+
+    /// Completes the packet: `payload` goes to the peer if it asked for a completion, and is ignored
+    /// otherwise (D-47). More than [`Channel::init_set_maximum_completion_size`] is a driver's bug:
+    /// asserted in debug builds, clipped otherwise.
+    ///
+    /// Any thread, any order. Never waits: room in the ring was reserved before the delivery.
+    ///
+    /// Source: VmbChannelPacketComplete.
+    pub fn complete(mut self, payload: &[u8]) {
+        if let Some(body) = self.body.take() {
+            self.channel.complete(body, payload);
+        }
+    }
+
+    /// Gives the packet up as malformed: no completion is sent, and the channel delivers nothing more
+    /// until it is closed and opened again (D-36).
+    ///
+    /// Source: VmbChannelPacketFail.
+    pub fn fail(mut self) {
+        self.give_up();
+    }
+
+    /// Hands the packet back, to be delivered again by a thread that may sleep. It keeps its place:
+    /// later packets wait (D-42). Only inside the packet callback; elsewhere the packet is failed.
+    ///
+    /// Source: VmbChannelPacketDeferToPassive.
+    pub fn defer_to_passive(self) {
+        self.hand_back(true, false);
+    }
+
+    /// Hands the packet back after [`Error::Pending`], to be delivered again once the memory is
+    /// there. It keeps its place. Only inside the packet callback.
+    ///
+    /// Source: VmbChannelPacketGetExternalData, STATUS_PENDING.
+    pub fn redeliver(self) {
+        self.hand_back(false, true);
+    }
+
+    fn hand_back(mut self, at_passive: bool, after_memory: bool) {
+        if !self.channel.in_packet_callback() {
+            debug_assert!(false, "a packet can be handed back only inside its callback");
+            tracing::error!("packet handed back outside its callback: failed");
+            return self.give_up();
+        }
+        if let Some(body) = self.body.take() {
+            self.channel.hand_back(HandedBack { body, at_passive, after_memory });
+        }
+    }
+
+    fn give_up(&mut self) {
+        if let Some(body) = self.body.take() {
+            self.channel.stop(ChannelError::PacketFailed);
+            self.channel.retire(body);
+        }
+    }
+
+    pub(crate) fn into_body(mut self) -> Option<Box<Body>> {
+        self.body.take()
+    }
+}
+
+impl Drop for IncomingPacket {
+    fn drop(&mut self) {
+        if self.body.is_some() {
+            tracing::error!(
+                transaction_id = self.transaction_id(),
+                "incoming packet dropped without a completion: failed"
+            );
+            self.give_up();
+        }
+    }
+}
+
+impl std::fmt::Debug for IncomingPacket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IncomingPacket")
+            .field("transaction_id", &self.transaction_id())
+            .field("payload_len", &self.payload().len())
+            .field("wants_completion", &self.wants_completion())
+            .field("has_external_data", &self.has_external_data())
+            .finish_non_exhaustive()
+    }
+}

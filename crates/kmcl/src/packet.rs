@@ -1,0 +1,242 @@
+//! A packet to the peer: an object that holds everything its send needs, so that a send cannot fail
+//! for lack of resources, and that can be used again and again.
+
+use std::sync::Arc;
+
+use vmbus_wire::packet::{GpaDirectHeader, PacketKind};
+use vmbus_wire::ranges::GpaRange;
+use vmbus_wire::status::NtStatus;
+
+use crate::callbacks::PacketCompletion;
+use crate::channel::Channel;
+use crate::error::SendError;
+use crate::flags::SendFlags;
+
+/// One outgoing packet, owned by whoever may use it: the driver, until a send; the channel, while it
+/// is queued or in flight; the driver again, in its completion routine. Dropping it frees it.
+///
+/// Source: VMBPACKET; VmbPacketAllocate, VmbPacketFree.
+pub struct Packet {
+    body: Option<Box<PacketBody>>,
+    channel: Channel,
+}
+
+/// What travels between driver, queue and table of transactions.
+pub(crate) struct PacketBody {
+    routine: Option<Arc<dyn PacketCompletion>>,
+    pointer: usize,
+    pub(crate) transaction: bool,
+    /// Tells apart the packets of synchronous requests; 0 on others.
+    pub(crate) tag: u64,
+    /// The message, while the packet waits for room in the ring.
+    message: Vec<u8>,
+    /// The description of external data as it goes into the ring; empty without any.
+    extension: Vec<u8>,
+}
+
+impl PacketBody {
+    pub(crate) fn new(message_size: u32) -> Self {
+        Self {
+            routine: None,
+            pointer: 0,
+            transaction: false,
+            tag: 0,
+            message: Vec::with_capacity(message_size as usize),
+            extension: Vec::new(),
+        }
+    }
+
+    /// Makes a freed packet like a new one, its memory kept.
+    pub(crate) fn reset(&mut self) {
+        self.routine = None;
+        self.pointer = 0;
+        self.tag = 0;
+    }
+
+    pub(crate) fn kind(&self) -> PacketKind {
+        if self.extension.is_empty() { PacketKind::InBand } else { PacketKind::GpaDirect }
+    }
+
+    pub(crate) fn extension(&self) -> &[u8] {
+        &self.extension
+    }
+
+    pub(crate) fn extension_len(&self) -> u32 {
+        u32::try_from(self.extension.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Keeps the message until there is room in the ring.
+    pub(crate) fn keep(&mut self, message: &[&[u8]]) {
+        self.message.clear();
+        for part in message {
+            self.message.extend_from_slice(part);
+        }
+    }
+
+    pub(crate) fn message(&self) -> &[u8] {
+        &self.message
+    }
+
+    pub(crate) fn message_len(&self) -> u32 {
+        u32::try_from(self.message.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Describes external data the way the ring wants it: a count, then each range's words.
+    pub(crate) fn describe<'a>(&mut self, ranges: impl IntoIterator<Item = GpaRange<'a>>) {
+        self.extension.clear();
+        self.extension.extend_from_slice(&[0; 8]);
+        let mut count = 0;
+        for range in ranges {
+            count += 1;
+            self.extension.extend_from_slice(&range.header_word().to_le_bytes());
+            for pfn in range.pfns {
+                self.extension.extend_from_slice(&pfn.to_le_bytes());
+            }
+        }
+        let header = GpaDirectHeader::new(count).to_word().to_le_bytes();
+        if let Some(first) = self.extension.get_mut(..8) {
+            first.copy_from_slice(&header);
+        }
+    }
+
+    pub(crate) fn without_external_data(&mut self) {
+        self.extension.clear();
+    }
+
+    /// The routine to call at the end; the default one just frees the packet.
+    pub(crate) fn routine(&self) -> Option<Arc<dyn PacketCompletion>> {
+        self.routine.clone()
+    }
+
+    pub(crate) fn set_routine(&mut self, routine: Option<Arc<dyn PacketCompletion>>) {
+        self.routine = routine;
+    }
+}
+
+impl Packet {
+    pub(crate) fn new(body: Box<PacketBody>, channel: Channel) -> Self {
+        Self { body: Some(body), channel }
+    }
+
+    /// Ends `body` with `status`: its completion routine, or the pool.
+    pub(crate) fn end(body: Box<PacketBody>, channel: &Channel, status: NtStatus, payload: &[u8]) {
+        let routine = body.routine();
+        let packet = Self::new(body, channel.clone());
+        match routine {
+            Some(routine) => routine.completed(packet, status, payload),
+            None => drop(packet),
+        }
+    }
+
+    /// Sets what is called when the packet has ended. Without one the packet is freed then.
+    ///
+    /// Source: VmbPacketSetCompletionRoutine.
+    pub fn set_completion_routine(&mut self, routine: Arc<dyn PacketCompletion>) {
+        if let Some(body) = &mut self.body {
+            body.set_routine(Some(routine));
+        }
+    }
+
+    /// The channel that the packet belongs to.
+    ///
+    /// Source: VmbPacketGetChannel.
+    #[must_use]
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Keeps a word for the driver; 0 at first (D-51).
+    ///
+    /// Source: VmbPacketSetPointer.
+    pub fn set_pointer(&mut self, pointer: usize) {
+        if let Some(body) = &mut self.body {
+            body.pointer = pointer;
+        }
+    }
+
+    /// The word kept by [`Self::set_pointer`].
+    ///
+    /// Source: VmbPacketGetPointer.
+    #[must_use]
+    pub fn pointer(&self) -> usize {
+        self.body.as_ref().map_or(0, |body| body.pointer)
+    }
+
+    /// Sends `message`, or queues it where the ring is full or the channel not open yet. `external`
+    /// describes memory that the peer may use until it completes the packet; clients only.
+    ///
+    /// # Errors
+    /// The packet and why it was refused (D-33): a message above the maximum packet size, external
+    /// data above its maximum or malformed (D-40), a server's external data (D-41), or a channel
+    /// that is disabled or closing.
+    ///
+    /// Source: VmbPacketSend.
+    pub fn send(
+        self,
+        message: &[u8],
+        external: Option<&[GpaRange<'_>]>,
+        flags: SendFlags,
+    ) -> Result<(), SendError> {
+        let channel = self.channel.clone();
+        channel.send(self, message, external, flags, 4)
+    }
+
+    /// Sends `message` with `length` bytes of the memory that `ranges` describe, from `offset` on;
+    /// a length of 0 means all that follows. [`SendFlags::FORCE_MDL_LENGTH`] takes `length` from the
+    /// first range even beyond its own length, at most up to the end of its last page.
+    ///
+    /// # Errors
+    /// As for [`Self::send`], and where [`SendFlags::WAIT_FOR_COMPLETION`] is missing (D-35).
+    ///
+    /// Source: VmbPacketSendWithExternalMdl.
+    pub fn send_with_external_mdl(
+        self,
+        message: &[u8],
+        ranges: &[GpaRange<'_>],
+        offset: u32,
+        length: u32,
+        flags: SendFlags,
+    ) -> Result<(), SendError> {
+        let channel = self.channel.clone();
+        channel.send_with_external_mdl(self, message, ranges, offset, length, flags)
+    }
+
+    /// Sends `message` with whole pages of external data.
+    ///
+    /// # Errors
+    /// As for [`Self::send`]; no page at all (D-39); a missing
+    /// [`SendFlags::WAIT_FOR_COMPLETION`] (D-35).
+    ///
+    /// Source: VmbPacketSendWithExternalPfns; D-38, D-39.
+    pub fn send_with_external_pfns(
+        self,
+        message: &[u8],
+        pfns: &[u64],
+        flags: SendFlags,
+    ) -> Result<(), SendError> {
+        let channel = self.channel.clone();
+        channel.send_with_external_pfns(self, message, pfns, flags)
+    }
+
+    pub(crate) fn body_mut(&mut self) -> Option<&mut PacketBody> {
+        self.body.as_deref_mut()
+    }
+
+    pub(crate) fn into_body(mut self) -> Option<Box<PacketBody>> {
+        self.body.take()
+    }
+}
+
+impl Drop for Packet {
+    fn drop(&mut self) {
+        if let Some(body) = self.body.take() {
+            self.channel.traffic().free_packet(body);
+        }
+    }
+}
+
+impl std::fmt::Debug for Packet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Packet").field("pointer", &self.pointer()).finish_non_exhaustive()
+    }
+}

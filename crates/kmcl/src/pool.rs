@@ -1,0 +1,153 @@
+//! The private copy of an incoming packet, and the pool that these come from.
+//!
+//! Everything a packet needs is allocated when the channel opens. Two things are allocated later, and
+//! kept until the channel closes, so that a channel at work allocates nothing: room for a payload
+//! above [`INLINE_PAYLOAD`] bytes, since few channels carry such, and none of them in every packet.
+
+use std::sync::Arc;
+
+use vmbus_memory::GuestMemory;
+use vmbus_wire::packet::ExtensionError;
+use vmbus_wire::packet::extension::gpa_direct;
+use vmbus_wire::ranges::GpaRanges;
+
+use crate::bus::Residency;
+use crate::settings::Settings;
+
+/// Payload bytes for which each pooled packet has room from the start.
+pub(crate) const INLINE_PAYLOAD: u32 = 1024;
+
+/// External data of a packet, as far as it is known before a device asks for it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum External {
+    /// The packet has none.
+    None,
+    /// Described by the first `words` words of the extension.
+    Ranges { words: usize },
+    /// More than the channel was set up for, in bytes; not copied (D-40).
+    TooMuch { bytes: u64 },
+}
+
+/// See the module. Boxed, because it travels from pool to receiver to device and back.
+pub(crate) struct Body {
+    pub(crate) transaction_id: u64,
+    pub(crate) wants_completion: bool,
+    pub(crate) external: External,
+    /// Where the message is within the payload buffer: a pipe's header comes before it.
+    start: usize,
+    end: usize,
+    payload: Vec<u8>,
+    extension: Box<[u64]>,
+    /// Most bytes of external data.
+    external_limit: u32,
+    context: Box<[u8]>,
+    /// What the ranges name. In every body, so that looking at external data takes no lock.
+    memory: GuestMemory,
+    residency: Option<Arc<dyn Residency>>,
+}
+
+impl Body {
+    fn new(
+        settings: &Settings,
+        memory: &GuestMemory,
+        residency: Option<&Arc<dyn Residency>>,
+    ) -> Self {
+        let payload = settings.maximum_packet_size.min(INLINE_PAYLOAD).next_multiple_of(8);
+        Self {
+            transaction_id: 0,
+            wants_completion: false,
+            external: External::None,
+            start: 0,
+            end: 0,
+            payload: vec![0; payload as usize],
+            extension: vec![0; 1 + settings.external_words()].into(),
+            external_limit: settings.external_data_size,
+            context: vec![0; settings.client_context_size as usize].into(),
+            memory: memory.clone(),
+            residency: residency.cloned(),
+        }
+    }
+
+    /// Makes the body that of a new packet and returns room for its payload of `len` bytes.
+    pub(crate) fn begin(
+        &mut self,
+        transaction_id: u64,
+        wants_completion: bool,
+        len: usize,
+    ) -> &mut [u8] {
+        self.transaction_id = transaction_id;
+        self.wants_completion = wants_completion;
+        self.external = External::None;
+        self.start = 0;
+        self.end = len;
+        self.context.fill(0);
+        if self.payload.len() < len {
+            self.payload.resize(len, 0);
+        }
+        self.payload.get_mut(..len).unwrap_or_default()
+    }
+
+    /// Room for an extension of `words` words, or `None` if it is more than was asked for.
+    pub(crate) fn extension_room(&mut self, words: usize) -> Option<&mut [u64]> {
+        self.extension.get_mut(..words)
+    }
+
+    /// Checks the extension just copied: the description of external data. Later looks at it
+    /// ([`Self::ranges`]) cannot fail any more.
+    pub(crate) fn check_external(&mut self, words: usize) -> Result<(), ExtensionError> {
+        let extension = self.extension.get(..words).unwrap_or_default();
+        let bytes = gpa_direct(extension)?.total_bytes();
+        self.external = if bytes > u64::from(self.external_limit) {
+            External::TooMuch { bytes }
+        } else {
+            External::Ranges { words }
+        };
+        Ok(())
+    }
+
+    /// The ranges of the external data, if there are any within bounds.
+    pub(crate) fn ranges(&self) -> Option<GpaRanges<'_>> {
+        let External::Ranges { words } = self.external else { return None };
+        gpa_direct(self.extension.get(..words)?).ok()
+    }
+
+    pub(crate) fn payload(&self) -> &[u8] {
+        self.payload.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Narrows the payload to the message behind a pipe's header.
+    pub(crate) fn narrow(&mut self, start: usize, len: usize) {
+        self.start = start;
+        self.end = start + len;
+    }
+
+    pub(crate) fn external_limit(&self) -> u32 {
+        self.external_limit
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    pub(crate) fn residency(&self) -> Option<&dyn Residency> {
+        self.residency.as_deref()
+    }
+
+    pub(crate) fn context(&mut self) -> &mut [u8] {
+        &mut self.context
+    }
+}
+
+/// A full pool for a channel that opens.
+#[expect(
+    clippy::vec_box,
+    reason = "bodies move between owners all the time; a box moves as a word"
+)]
+pub(crate) fn fill(
+    settings: &Settings,
+    memory: &GuestMemory,
+    residency: Option<&Arc<dyn Residency>>,
+) -> Vec<Box<Body>> {
+    let body = |_| Box::new(Body::new(settings, memory, residency));
+    (0..settings.maximum_packet_count).map(body).collect()
+}

@@ -1,0 +1,598 @@
+//! What both directions of an open channel share, behind one short lock: the outgoing ring and the
+//! promises made about its room, the packets in flight each way, and the pools they come from.
+//!
+//! The lock is never held across a callback. Taking it costs one atomic operation each way, and every
+//! packet takes it once on its way in (as part of a batch) and once on its way out.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use vmbus_ring::{OutgoingPacket, PushError, RingError, RingWriter, packet_ring_bytes};
+use vmbus_wire::packet::PacketKind;
+
+use crate::bus::Signal;
+use crate::packet::PacketBody;
+use crate::pool::Body;
+use crate::settings::Limits;
+use crate::thread_mark;
+
+/// Why the receiver got no body for the next packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Starved {
+    /// As many packets are outstanding as quota or pool allow; a completion restarts the queue.
+    Packets,
+    /// The outgoing ring has no room for one more completion; the peer's next read restarts it.
+    Room,
+}
+
+/// See the module.
+pub(crate) struct Traffic {
+    ring: Option<OutgoingRing>,
+    /// Bodies for incoming packets.
+    pool: Vec<Box<Body>>,
+    /// Incoming packets that the device, or the receiver for it, has.
+    outstanding: u32,
+    /// Most of them at a time.
+    pub(crate) quota: u32,
+    /// Most bytes of a completion's payload.
+    completion_size: u32,
+    /// Ring bytes that each outstanding packet may claim for its completion.
+    completion_room: u32,
+    /// The receiver stopped for lack of a body; the next completion has to wake it.
+    starved: bool,
+    /// Somebody waits for `outstanding` to become 0.
+    draining: bool,
+    /// A body that a packet callback handed back, to be delivered again.
+    pub(crate) handed_back: Option<HandedBack>,
+
+    /// Packets sent that wait for room in the ring, oldest first.
+    queue: VecDeque<Box<PacketBody>>,
+    transactions: Transactions,
+    /// Idle packet objects.
+    free_packets: Vec<Box<PacketBody>>,
+    /// Packet objects that exist; bounded by [`Limits::PACKETS`].
+    packets: u32,
+    transmit: bool,
+    /// The thread that runs packet callbacks: what it writes is published when its batch ends.
+    staging_thread: usize,
+}
+
+/// A packet that goes back to the head of the incoming queue.
+pub(crate) struct HandedBack {
+    pub(crate) body: Box<Body>,
+    /// Only a thread that may sleep may deliver it again.
+    pub(crate) at_passive: bool,
+    /// Not before the bus says that memory has arrived.
+    pub(crate) after_memory: bool,
+}
+
+struct OutgoingRing {
+    writer: RingWriter,
+    signal: Arc<dyn Signal>,
+    /// Ring bytes promised to completions of outstanding packets.
+    promised: u32,
+}
+
+/// What became of a packet that was to be sent.
+pub(crate) enum Sent {
+    /// In the ring; no completion is expected, so it is done.
+    Done(Box<PacketBody>),
+    /// In flight, or queued.
+    Kept,
+}
+
+/// The signal to give once the lock is released, if any.
+#[must_use]
+pub(crate) struct Ring(Option<Arc<dyn Signal>>);
+
+impl Ring {
+    pub(crate) fn give(self) {
+        if let Some(signal) = self.0 {
+            signal.signal();
+        }
+    }
+}
+
+/// What a completed packet asks the caller to do once the lock is released.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[must_use]
+pub(crate) struct Consequences {
+    /// The last outstanding packet is back, and somebody waits for that.
+    pub(crate) drained: bool,
+    /// The receiver can go on.
+    pub(crate) restart: bool,
+}
+
+impl Traffic {
+    pub(crate) fn new() -> Self {
+        Self {
+            ring: None,
+            pool: Vec::new(),
+            outstanding: 0,
+            quota: u32::MAX,
+            completion_size: 0,
+            completion_room: 0,
+            starved: false,
+            draining: false,
+            handed_back: None,
+            queue: VecDeque::new(),
+            transactions: Transactions::default(),
+            free_packets: Vec::new(),
+            packets: 0,
+            transmit: false,
+            staging_thread: 0,
+        }
+    }
+
+    /// Takes over the ring of a channel that opens.
+    pub(crate) fn attach(
+        &mut self,
+        writer: RingWriter,
+        signal: Arc<dyn Signal>,
+        pool: Vec<Box<Body>>,
+        completion_size: u32,
+    ) {
+        self.ring = Some(OutgoingRing { writer, signal, promised: 0 });
+        self.pool = pool;
+        self.outstanding = 0;
+        self.starved = false;
+        self.completion_size = completion_size;
+        self.completion_room = packet_ring_bytes(0, completion_size);
+    }
+
+    /// Lets go of the ring and of everything that was reserved for it.
+    pub(crate) fn detach(&mut self) {
+        self.ring = None;
+        self.transmit = false;
+        self.handed_back = None;
+        self.pool = Vec::new();
+    }
+
+    pub(crate) fn transmit_on(&mut self) {
+        self.transmit = true;
+    }
+
+    // ---- Incoming packets ------------------------------------------------------------------------
+
+    /// Moves up to `wanted` bodies from the pool to `grant`, each with ring room for a completion.
+    pub(crate) fn grant(
+        &mut self,
+        wanted: u32,
+        grant: &mut Vec<Box<Body>>,
+    ) -> Result<Result<(), Starved>, RingError> {
+        let Some(ring) = &mut self.ring else { return Ok(Err(Starved::Packets)) };
+        let pooled = u32::try_from(self.pool.len()).unwrap_or(u32::MAX);
+        let packets = wanted.min(self.quota.saturating_sub(self.outstanding)).min(pooled);
+        if packets == 0 {
+            self.starved = true;
+            return Ok(Err(Starved::Packets));
+        }
+        // Multiplied as 64 bits: both factors are below 2^20 here, but need not stay so.
+        let room_wanted =
+            u64::from(ring.promised) + u64::from(packets) * u64::from(self.completion_room);
+        let mut free = ring.writer.free_cached();
+        if u64::from(free) < room_wanted {
+            free = ring.writer.free()?;
+        }
+        let fits = free.saturating_sub(ring.promised) / self.completion_room.max(1);
+        let packets = packets.min(fits);
+        if packets == 0 {
+            let one_more = ring.promised.saturating_add(self.completion_room);
+            if !ring.writer.request_space(one_more)? {
+                self.starved = true;
+                return Ok(Err(Starved::Room));
+            }
+            ring.writer.clear_space_request();
+            return self.grant(1, grant);
+        }
+        ring.promised += packets * self.completion_room;
+        self.outstanding += packets;
+        let keep = self.pool.len().saturating_sub(packets as usize);
+        grant.extend(self.pool.drain(keep..));
+        self.starved = false;
+        Ok(Ok(()))
+    }
+
+    /// Takes bodies back that were granted and not used.
+    pub(crate) fn give_back(&mut self, grant: &mut Vec<Box<Body>>) -> Consequences {
+        let mut consequences = Consequences::default();
+        for body in grant.drain(..) {
+            consequences = self.retire(body);
+        }
+        consequences
+    }
+
+    /// Writes the completion of a packet into the room promised for it, and takes its body back.
+    pub(crate) fn complete(
+        &mut self,
+        body: Box<Body>,
+        payload: &[u8],
+    ) -> (Consequences, Result<(), RingError>) {
+        debug_assert!(payload.len() <= self.completion_size as usize, "completion too large");
+        let payload = payload.get(..self.completion_size as usize).unwrap_or(payload);
+        let written = match &mut self.ring {
+            Some(ring) if body.wants_completion => {
+                let pushed = ring.writer.push(&OutgoingPacket {
+                    kind: PacketKind::Completion,
+                    wants_completion: false,
+                    transaction_id: body.transaction_id,
+                    extension: &[],
+                    payload: &[payload],
+                });
+                match pushed {
+                    Ok(()) => Ok(()),
+                    Err(PushError::Ring(error)) => Err(error),
+                    // Promised room cannot be full, and the caller has clipped the payload.
+                    Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
+                        debug_assert!(false, "a completion did not fit the room promised to it");
+                        Ok(())
+                    }
+                }
+            }
+            _ => Ok(()),
+        };
+        (self.retire(body), written)
+    }
+
+    /// Takes back the body, and the room promised to a packet that is over.
+    pub(crate) fn retire(&mut self, body: Box<Body>) -> Consequences {
+        if let Some(ring) = &mut self.ring {
+            ring.promised = ring.promised.saturating_sub(self.completion_room);
+            self.pool.push(body);
+        }
+        self.outstanding = self.outstanding.saturating_sub(1);
+        let drained = self.draining && self.outstanding == 0;
+        if drained {
+            self.draining = false;
+        }
+        Consequences { drained, restart: std::mem::take(&mut self.starved) }
+    }
+
+    /// Keeps a packet that its callback handed back. It is nobody's while it waits, so a pause does
+    /// not wait for it; the room for its completion stays promised.
+    pub(crate) fn hand_back(&mut self, handed_back: HandedBack) -> Consequences {
+        self.handed_back = Some(handed_back);
+        self.outstanding = self.outstanding.saturating_sub(1);
+        let drained = self.draining && self.outstanding == 0;
+        if drained {
+            self.draining = false;
+        }
+        Consequences { drained, restart: false }
+    }
+
+    /// The packet handed back is delivered again.
+    pub(crate) fn deliver_again(&mut self) {
+        self.outstanding += 1;
+    }
+
+    /// The packet handed back will not be delivered again: the channel goes down.
+    pub(crate) fn discard(&mut self, body: Box<Body>) {
+        self.outstanding += 1;
+        let _nobody_waits_for_it = self.retire(body);
+    }
+
+    /// Asks for [`Consequences::drained`] when nothing is outstanding any more; `true` if that is now.
+    pub(crate) fn await_drain(&mut self) -> bool {
+        self.draining = self.outstanding != 0;
+        !self.draining
+    }
+
+    /// Incoming packets that the device has.
+    pub(crate) fn outstanding(&self) -> u32 {
+        self.outstanding
+    }
+
+    // ---- Outgoing packets ------------------------------------------------------------------------
+
+    /// An idle packet object, or `None` at the bound.
+    pub(crate) fn allocate_packet(&mut self, message_size: u32) -> Option<Box<PacketBody>> {
+        if let Some(packet) = self.free_packets.pop() {
+            return Some(packet);
+        }
+        if self.packets >= Limits::PACKETS {
+            return None;
+        }
+        self.packets += 1;
+        Some(Box::new(PacketBody::new(message_size)))
+    }
+
+    /// Takes an idle packet object back. A few are kept, the rest given up.
+    pub(crate) fn free_packet(&mut self, mut packet: Box<PacketBody>) {
+        const KEPT: usize = 1024;
+        if self.free_packets.len() < KEPT {
+            packet.reset();
+            self.free_packets.push(packet);
+        } else {
+            self.packets = self.packets.saturating_sub(1);
+        }
+    }
+
+    /// Idle packet objects made for other settings are of no use.
+    pub(crate) fn forget_idle_packets(&mut self) {
+        let idle = u32::try_from(self.free_packets.len()).unwrap_or(u32::MAX);
+        self.packets = self.packets.saturating_sub(idle);
+        self.free_packets = Vec::new();
+    }
+
+    /// Ring bytes that a send may use now: what is free and not promised.
+    fn sendable(ring: &mut OutgoingRing, needed: u32) -> Result<bool, RingError> {
+        let wanted = ring.promised.saturating_add(needed);
+        if ring.writer.free_cached() >= wanted {
+            return Ok(true);
+        }
+        Ok(ring.writer.free()? >= wanted)
+    }
+
+    /// Whether a packet of `needed` ring bytes would go into the ring at once.
+    pub(crate) fn has_room(&mut self, needed: u32) -> Result<bool, RingError> {
+        match &mut self.ring {
+            Some(ring) if self.transmit && self.queue.is_empty() => Self::sendable(ring, needed),
+            _ => Ok(false),
+        }
+    }
+
+    /// Sends `packet` with `message`: into the ring, or behind those that wait for room.
+    pub(crate) fn send(
+        &mut self,
+        mut packet: Box<PacketBody>,
+        message: &[&[u8]],
+    ) -> Result<Sent, (Box<PacketBody>, SendRefused)> {
+        if packet.transaction && self.transactions.reserve().is_none() {
+            return Err((packet, SendRefused::TooManyTransactions));
+        }
+        let needed = packet_ring_bytes(packet.extension_len(), message_len(message));
+        match self.has_room(needed) {
+            Err(error) => return Err((packet, SendRefused::Ring(error))),
+            Ok(false) => {
+                packet.keep(message);
+                self.queue.push_back(packet);
+                return Ok(Sent::Kept);
+            }
+            Ok(true) => {}
+        }
+        let Some(ring) = &mut self.ring else { return Err((packet, SendRefused::TooLarge)) };
+        let transaction_id = self.transactions.next_id(packet.transaction);
+        match write(&mut ring.writer, &packet, transaction_id, message) {
+            Ok(()) => Ok(self.transactions.begin(packet)),
+            Err(PushError::Ring(error)) => Err((packet, SendRefused::Ring(error))),
+            Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
+                Err((packet, SendRefused::TooLarge))
+            }
+        }
+    }
+
+    /// Moves queued packets into the ring while there is room; gives each that is done at once to
+    /// `done`. Asks the peer for a signal where room is lacking.
+    pub(crate) fn flush(&mut self, done: &mut Vec<Box<PacketBody>>) -> Result<(), RingError> {
+        if self.queue.is_empty() || !self.transmit {
+            return Ok(());
+        }
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let mut asked = false;
+        while let Some(packet) = self.queue.front() {
+            let needed = packet_ring_bytes(packet.extension_len(), packet.message_len());
+            if !Self::sendable(ring, needed)? {
+                if ring.writer.request_space(ring.promised.saturating_add(needed))? {
+                    continue; // the peer made room meanwhile
+                }
+                asked = true;
+                break;
+            }
+            let Some(packet) = self.queue.pop_front() else { break };
+            let transaction_id = self.transactions.next_id(packet.transaction);
+            match write(&mut ring.writer, &packet, transaction_id, &[packet.message()]) {
+                Ok(()) => {
+                    if let Sent::Done(packet) = self.transactions.begin(packet) {
+                        done.push(packet);
+                    }
+                }
+                Err(PushError::Ring(error)) => {
+                    self.queue.push_front(packet);
+                    return Err(error);
+                }
+                Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
+                    // A packet larger than the ring can never be sent: sizes were checked against
+                    // the channel's limits, but the ring is the client's choice.
+                    tracing::error!(needed, "a queued packet is larger than the outgoing ring");
+                    done.push(packet);
+                }
+            }
+        }
+        if !asked {
+            ring.writer.clear_space_request();
+        }
+        Ok(())
+    }
+
+    /// The packet whose transaction the peer completes, or `None` for an id that we did not choose.
+    pub(crate) fn end_transaction(&mut self, transaction_id: u64) -> Option<Box<PacketBody>> {
+        self.transactions.end(transaction_id)
+    }
+
+    /// Every packet that is queued or in flight, for the end of the channel.
+    pub(crate) fn take_outgoing(&mut self) -> Vec<Box<PacketBody>> {
+        let mut packets: Vec<_> = self.transactions.take_all();
+        packets.extend(self.queue.drain(..));
+        packets
+    }
+
+    /// Takes one queued packet out, for a send that is given up before it reached the ring.
+    pub(crate) fn withdraw(&mut self, tag: u64) -> Option<Box<PacketBody>> {
+        let at = self.queue.iter().position(|packet| packet.tag == tag)?;
+        let packet = self.queue.remove(at)?;
+        self.transactions.unreserve(packet.transaction);
+        Some(packet)
+    }
+
+    /// Takes a packet in flight out, so that a late completion finds nobody.
+    pub(crate) fn abandon(&mut self, tag: u64) -> Option<Box<PacketBody>> {
+        self.transactions.abandon(tag)
+    }
+
+    /// Outgoing packets queued and in flight.
+    pub(crate) fn in_use(&self) -> (usize, usize) {
+        (self.queue.len(), self.transactions.in_flight())
+    }
+
+    // ---- Publishing ------------------------------------------------------------------------------
+
+    /// From here to [`Self::end_batch`] what this thread writes is not shown to the peer.
+    pub(crate) fn begin_batch(&mut self) {
+        self.staging_thread = thread_mark::current();
+    }
+
+    /// Ends the batch and shows the peer what was written; `also` says that it must be signalled
+    /// for another reason as well.
+    pub(crate) fn end_batch(&mut self, also: bool) -> Ring {
+        self.staging_thread = 0;
+        self.publish_now(also)
+    }
+
+    /// Shows the peer what was written, unless this thread is in a batch.
+    pub(crate) fn publish(&mut self) -> Ring {
+        if self.staging_thread != 0 && self.staging_thread == thread_mark::current() {
+            return Ring(None);
+        }
+        self.publish_now(false)
+    }
+
+    fn publish_now(&mut self, also: bool) -> Ring {
+        let Some(ring) = &mut self.ring else { return Ring(None) };
+        let needed = ring.writer.publish() | also;
+        Ring(needed.then(|| Arc::clone(&ring.signal)))
+    }
+}
+
+/// Why a packet could not be sent or queued.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SendRefused {
+    /// [`Limits::PACKETS`] transactions are in flight.
+    TooManyTransactions,
+    /// The packet is larger than the ring.
+    TooLarge,
+    /// The peer's index is impossible.
+    Ring(RingError),
+}
+
+fn message_len(message: &[&[u8]]) -> u32 {
+    // Senders have checked the message against a limit far below 4 GiB.
+    message.iter().fold(0, |len, part| len + u32::try_from(part.len()).unwrap_or(0))
+}
+
+fn write(
+    writer: &mut RingWriter,
+    packet: &PacketBody,
+    transaction_id: u64,
+    message: &[&[u8]],
+) -> Result<(), PushError> {
+    writer.push(&OutgoingPacket {
+        kind: packet.kind(),
+        wants_completion: packet.transaction,
+        transaction_id,
+        extension: &[packet.extension()],
+        payload: message,
+    })
+}
+
+/// Transactions in flight. An id is a slot and how often the slot was used, so that an id that the
+/// peer repeats, keeps or makes up finds nothing.
+#[derive(Default)]
+struct Transactions {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Free slots promised to queued packets.
+    reserved: usize,
+}
+
+#[derive(Default)]
+struct Slot {
+    uses: u32,
+    packet: Option<Box<PacketBody>>,
+}
+
+impl Transactions {
+    /// Promises a slot, or `None` at the bound.
+    fn reserve(&mut self) -> Option<()> {
+        if self.reserved == self.free.len() {
+            let slot =
+                u32::try_from(self.slots.len()).ok().filter(|slot| *slot < Limits::PACKETS)?;
+            self.slots.push(Slot::default());
+            self.free.push(slot);
+        }
+        self.reserved += 1;
+        Some(())
+    }
+
+    fn unreserve(&mut self, transaction: bool) {
+        self.reserved = self.reserved.saturating_sub(usize::from(transaction));
+    }
+
+    /// The id that the next transaction will have; 0 for a packet that is none.
+    fn next_id(&self, transaction: bool) -> u64 {
+        match self.free.last() {
+            Some(&slot) if transaction => self.id(slot),
+            _ => 0,
+        }
+    }
+
+    fn id(&self, slot: u32) -> u64 {
+        let uses = self.slots.get(slot as usize).map_or(0, |slot| slot.uses);
+        u64::from(uses) << 32 | u64::from(slot + 1)
+    }
+
+    /// Puts a transaction just written into the slot whose id it was given.
+    fn begin(&mut self, packet: Box<PacketBody>) -> Sent {
+        if !packet.transaction {
+            return Sent::Done(packet);
+        }
+        self.reserved = self.reserved.saturating_sub(1);
+        let slot = self.free.pop().and_then(|slot| self.slots.get_mut(slot as usize));
+        match slot {
+            Some(slot) => {
+                slot.packet = Some(packet);
+                Sent::Kept
+            }
+            None => {
+                debug_assert!(false, "a transaction was begun without a reservation");
+                Sent::Done(packet)
+            }
+        }
+    }
+
+    fn end(&mut self, transaction_id: u64) -> Option<Box<PacketBody>> {
+        let uses = u32::try_from(transaction_id >> 32).ok()?;
+        let index = u32::try_from(transaction_id & 0xffff_ffff).ok()?.checked_sub(1)?;
+        let slot = self.slots.get_mut(index as usize).filter(|slot| slot.uses == uses)?;
+        let packet = slot.packet.take()?;
+        slot.uses = slot.uses.wrapping_add(1);
+        self.free.push(index);
+        Some(packet)
+    }
+
+    fn abandon(&mut self, tag: u64) -> Option<Box<PacketBody>> {
+        let slot = self
+            .slots
+            .iter()
+            .position(|slot| slot.packet.as_ref().is_some_and(|packet| packet.tag == tag))?;
+        let id = self.id(u32::try_from(slot).ok()?);
+        self.end(id)
+    }
+
+    fn take_all(&mut self) -> Vec<Box<PacketBody>> {
+        let mut packets = Vec::new();
+        self.free.clear();
+        self.reserved = 0;
+        for (slot, index) in self.slots.iter_mut().zip(0..) {
+            self.free.push(index);
+            if let Some(packet) = slot.packet.take() {
+                slot.uses = slot.uses.wrapping_add(1);
+                packets.push(packet);
+            }
+        }
+        packets
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
