@@ -79,6 +79,7 @@ struct Item {
 struct Block {
     indent: usize,
     name: String,
+    /// A trait, or an implementation of one: what it defines is as public as the trait.
     is_trait: bool,
 }
 
@@ -103,7 +104,8 @@ fn scan(module: &[String], source: &str) -> Vec<Item> {
                 header.push_str(next.trim());
             }
             if header.ends_with('{') {
-                blocks.push(Block { indent, name: implementer(&header), is_trait: false });
+                let is_trait = header.contains(" for ");
+                blocks.push(Block { indent, name: implementer(&header), is_trait });
             }
         } else if let Some((kind, name)) = definition(text) {
             let of_trait = blocks.last().is_some_and(|block| block.is_trait);
@@ -328,7 +330,7 @@ fn the_scan_finds_items_where_they_are() {
         ("kmcl::channel::Channel::hidden", false, false),
         ("kmcl::channel::StateChange", true, false),
         ("kmcl::channel::StateChange::opened", true, false),
-        ("kmcl::channel::Side::fmt", false, false),
+        ("kmcl::channel::Side::fmt", true, false),
         ("kmcl::channel::packet_ring_bytes", true, false),
         ("kmcl::channel::tests", false, false),
         ("kmcl::channel::tests::enable_offers", false, true),
