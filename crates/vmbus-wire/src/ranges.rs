@@ -196,7 +196,13 @@ impl<'a> GpaRanges<'a> {
     #[inline]
     #[must_use]
     pub fn single(&self) -> Option<GpaRange<'a>> {
-        if self.range_count == 1 { self.iter().next() } else { None }
+        match (self.range_count, self.words) {
+            (1, &[header, ref pfns @ ..]) => {
+                let (byte_count, byte_offset) = split_header(header);
+                Some(GpaRange { byte_count, byte_offset, pfns })
+            }
+            _ => None,
+        }
     }
 
     /// The ranges, in order.
