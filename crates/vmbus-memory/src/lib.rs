@@ -8,7 +8,7 @@
 //! | item | what it is |
 //! |---|---|
 //! | [`GuestMemory`] | the guest physical address space: regions of RAM, mapped for as long as a clone lives |
-//! | [`SharedSlice`] | a bounded span of one region |
+//! | [`SharedSlice`], [`SharedView`] | a bounded span of shared memory; one that is only read |
 //! | [`PageAllocator`], [`PageRun`] | page runs of a client endpoint's own memory |
 //! | [`RingPages`] | the pages of one ring, mapped as a circle or reached page by page |
 //! | [`GuestRam`] | how the memory of a VMM comes in; implemented for vm-memory's `GuestMemoryMmap` |
@@ -44,4 +44,4 @@ pub use guest::{FdRegion, GuestMemory, MAX_MEMORY_BYTES, MAX_REGIONS, RamRegion}
 pub use pages::{MAX_RUNS, PageAllocator, PageRun};
 pub use ram::{GuestRam, HostRegion};
 pub use ring::{DEFAULT_MAPPINGS, MAX_RING_PAGES, MappingBudget, RingPages};
-pub use slice::SharedSlice;
+pub use slice::{SharedSlice, SharedView};

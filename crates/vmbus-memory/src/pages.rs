@@ -40,7 +40,7 @@ impl PageAllocator {
     /// [`MemoryError::RegionUnaligned`], and those of [`GuestMemory::slice`].
     pub fn new(memory: &GuestMemory, gpa_start: u64, len: u64) -> Result<Self, MemoryError> {
         let unaligned = MemoryError::RegionUnaligned { gpa: gpa_start, len, fd_offset: 0 };
-        if len == 0 || gpa_start % PAGE != 0 || len % PAGE != 0 {
+        if len == 0 || !gpa_start.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
             return Err(unaligned);
         }
         memory.slice(gpa_start, usize::try_from(len).map_err(|_| unaligned)?)?;

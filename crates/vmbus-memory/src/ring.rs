@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vmbus_wire::PAGE_SIZE;
 
 use crate::mapping::Mapping;
-use crate::slice::{SharedSlice, WriteLog};
+use crate::slice::{SharedSlice, SharedView, WriteLog};
 use crate::{GuestMemory, MemoryError};
 
 /// Most pages a ring may have, its control page included: what the largest GPADL describes
@@ -188,7 +188,7 @@ impl RingPages {
     #[inline]
     #[must_use]
     pub fn control_word<const OFFSET: usize>(&self) -> &AtomicU32 {
-        const { assert!(OFFSET % 4 == 0 && OFFSET + 4 <= PAGE_SIZE) };
+        const { assert!(OFFSET.is_multiple_of(4) && OFFSET + 4 <= PAGE_SIZE) };
         // SAFETY: `control` is page aligned (M3) and valid for a page while `self` lives (M1, or the
         // mapping we own); the word is inside it and aligned (asserted); reached by atomics and
         // `copy` only (M2).
@@ -203,42 +203,52 @@ impl RingPages {
         }
     }
 
-    /// `len` bytes of data from position `at` on, if they lie in one piece: in the mapped form
-    /// always, as long as `at < data_len()` and `len <= data_len()`.
+    /// The data from position `at` on, to be read: as many of `len` bytes as lie in one piece. In the
+    /// mapped form that is all of them, as long as `at < data_len()` and `len <= data_len()`.
+    #[inline]
+    #[must_use]
+    pub fn view(&self, at: u32, len: u32) -> SharedView<'_> {
+        match self.circle_at(at, len) {
+            // SAFETY: S1: `circle_at` has shown the bytes to be inside our own mapping.
+            Some(base) => unsafe { SharedView::new(base, len as usize) },
+            None => self.piece(at, len).view(),
+        }
+    }
+
+    /// `len` bytes of data from position `at` on as one piece, to be written: the fast way, open in
+    /// the mapped form only and if nobody keeps track of writes. `None` otherwise, and unless
+    /// `at < data_len()` and `len <= data_len()`.
     #[inline]
     #[must_use]
     pub fn window(&self, at: u32, len: u32) -> Option<SharedSlice<'_>> {
+        let base = self.circle_at(at, len)?;
+        if self.log.is_some() {
+            return None;
+        }
+        // SAFETY: as in `view`.
+        Some(unsafe { SharedSlice::new(base, len as usize, None) })
+    }
+
+    #[inline]
+    fn circle_at(&self, at: u32, len: u32) -> Option<NonNull<u8>> {
+        let Form::Mapped { data, .. } = &self.form else { return None };
         if at >= self.data_len || len > self.data_len {
             return None;
         }
-        let log = self.log.as_deref().map(|log| (log as &dyn WriteLog, u64::from(at)));
-        let (at, len) = (at as usize, len as usize);
-        let base = match &self.form {
-            // SAFETY: the data are mapped twice in a row: `2 * data_len` bytes.
-            Form::Mapped { data, .. } => unsafe { data.add(at) },
-            Form::Scattered { pages } => {
-                let inside = at % PAGE_SIZE;
-                if inside + len > PAGE_SIZE {
-                    return None;
-                }
-                // SAFETY: `inside` is less than the page.
-                unsafe { pages.get(at / PAGE_SIZE)?.add(inside) }
-            }
-        };
-        // SAFETY: S1: `at + len` is at most twice the data, or inside one page; mapped while `self`
-        // lives (M1 or our own mapping); no references (M2).
-        Some(unsafe { SharedSlice::new(base, len, log) })
+        // SAFETY: the data are mapped twice in a row from `data` on, so that the `len` bytes from
+        // any position in the first turn are inside the mapping.
+        Some(unsafe { data.add(at as usize) })
     }
 
     /// Copies the data from position `at` on into `into`, going round at the end. Positions count
     /// modulo [`Self::data_len`].
     pub fn read(&self, at: u32, into: &mut [u8]) {
         let mut rest = into;
-        let mut at = at % self.data_len;
+        let mut at = self.inside(at);
         while !rest.is_empty() {
-            let Some(piece) = self.piece(at, rest.len()) else { return };
+            let piece = self.piece(at, u32::try_from(rest.len()).unwrap_or(u32::MAX));
             let Some((now, later)) = rest.split_at_mut_checked(piece.len()) else { return };
-            if piece.read_at(0, now).is_err() {
+            if now.is_empty() || piece.read_at(0, now).is_err() {
                 return;
             }
             at = self.after(at, now.len());
@@ -250,11 +260,11 @@ impl RingPages {
     /// count modulo [`Self::data_len`].
     pub fn write(&self, at: u32, from: &[u8]) {
         let mut rest = from;
-        let mut at = at % self.data_len;
+        let mut at = self.inside(at);
         while !rest.is_empty() {
-            let Some(piece) = self.piece(at, rest.len()) else { return };
+            let piece = self.piece(at, u32::try_from(rest.len()).unwrap_or(u32::MAX));
             let Some((now, later)) = rest.split_at_checked(piece.len()) else { return };
-            if piece.write_at(0, now).is_err() {
+            if now.is_empty() || piece.write_at(0, now).is_err() {
                 return;
             }
             at = self.after(at, now.len());
@@ -262,15 +272,30 @@ impl RingPages {
         }
     }
 
-    /// The longest piece from `at` on, at most `len` bytes.
-    #[inline]
-    fn piece(&self, at: u32, len: usize) -> Option<SharedSlice<'_>> {
-        let one_piece = match self.form {
-            Form::Mapped { .. } => self.data_len as usize,
-            Form::Scattered { .. } => PAGE_SIZE - at as usize % PAGE_SIZE,
+    /// The data from position `at` on: as many of `len` bytes as lie in one piece. In the mapped form
+    /// that is all of them, up to [`Self::data_len`]; in the scattered form at most the rest of a
+    /// page. Empty unless `at < data_len()`.
+    #[must_use]
+    pub fn piece(&self, at: u32, len: u32) -> SharedSlice<'_> {
+        let log = self.log.as_deref().map(|log| (log as &dyn WriteLog, u64::from(at)));
+        let len = len.min(self.data_len) as usize;
+        let found = match &self.form {
+            Form::Mapped { .. } => self.circle_at(at, self.data_len).map(|base| (base, len)),
+            Form::Scattered { pages } => pages.get(at as usize / PAGE_SIZE).map(|page| {
+                let inside = at as usize % PAGE_SIZE;
+                // SAFETY: `inside` is less than the page.
+                (unsafe { page.add(inside) }, len.min(PAGE_SIZE - inside))
+            }),
         };
-        let len = u32::try_from(len.min(one_piece)).ok()?;
-        self.window(at, len)
+        let (base, len) = found.unwrap_or((NonNull::dangling(), 0));
+        // SAFETY: S1: at most the data from inside our own mapping, or at most the rest of a page
+        // (M1), or nothing; no references (M2).
+        unsafe { SharedSlice::new(base, len, log) }
+    }
+
+    #[inline]
+    fn inside(&self, at: u32) -> u32 {
+        if at < self.data_len { at } else { at % self.data_len }
     }
 
     #[inline]

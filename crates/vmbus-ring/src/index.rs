@@ -24,12 +24,17 @@ fn forward(from: u32, bytes: u32, size: u32) -> u32 {
     if to >= size { to - size } else { to }
 }
 
+/// `bytes` back from `from`; `from` below `size`, `bytes` at most `size`.
+fn backward(from: u32, bytes: u32, size: u32) -> u32 {
+    if bytes > from { from + size - bytes } else { from - bytes }
+}
+
 #[inline]
 fn check(index: Index, value: u32, data_len: u32) -> Result<u32, RingError> {
     if value >= data_len {
         return Err(RingError::IndexOutOfRange { index, value, data_len });
     }
-    if value % ALIGNMENT != 0 {
+    if !value.is_multiple_of(ALIGNMENT) {
         return Err(RingError::IndexMisaligned { index, value });
     }
     Ok(value)
@@ -43,8 +48,8 @@ pub struct ReadEnd<W> {
     /// Everything before this is read. Ours; the peer sees `published`.
     position: u32,
     published: u32,
-    /// The peer's write index when last loaded.
-    write_seen: u32,
+    /// Bytes from `position` to the peer's write index when last loaded.
+    available: u32,
 }
 
 impl<W: ControlWords> ReadEnd<W> {
@@ -57,7 +62,7 @@ impl<W: ControlWords> ReadEnd<W> {
         let position = check(Index::Read, words.load(Word::ReadIndex, Relaxed), size)?;
         check(Index::Write, words.load(Word::WriteIndex, Relaxed), size)?;
         words.store(Word::InterruptMask, 1, Relaxed);
-        Ok(Self { words, size, position, published: position, write_seen: position })
+        Ok(Self { words, size, position, published: position, available: 0 })
     }
 
     /// The control words.
@@ -75,7 +80,7 @@ impl<W: ControlWords> ReadEnd<W> {
     /// Bytes known to be there to read.
     #[inline]
     pub fn available(&self) -> u32 {
-        distance(self.position, self.write_seen, self.size)
+        self.available
     }
 
     /// Loads the writer's index and tells how many bytes there are to read now.
@@ -89,21 +94,24 @@ impl<W: ControlWords> ReadEnd<W> {
         let to = check(Index::Write, self.words.load(Word::WriteIndex, Acquire), self.size)?;
         // From what we last published on, in this order: what we have read, what we have seen, the
         // new index. All of it fits the ring once.
-        let seen = distance(self.published, self.write_seen, self.size);
-        if distance(self.published, to, self.size) < seen {
-            let (from, other) = (self.write_seen, self.published);
+        let read = distance(self.published, self.position, self.size);
+        let shown = distance(self.published, to, self.size);
+        if shown < read + self.available {
+            let from = forward(self.position, self.available, self.size);
+            let other = self.published;
             return Err(RingError::IndexPassed { index: Index::Write, from, to, other });
         }
-        self.write_seen = to;
-        Ok(self.available())
+        self.available = shown - read;
+        Ok(self.available)
     }
 
     /// Steps over `bytes`, at most [`Self::available`]. The writer learns of it by
     /// [`Self::publish`].
     #[inline]
     pub fn step(&mut self, bytes: u32) {
-        debug_assert!(bytes <= self.available() && bytes % ALIGNMENT == 0);
-        self.position = forward(self.position, bytes.min(self.available()), self.size);
+        debug_assert!(bytes <= self.available && bytes.is_multiple_of(ALIGNMENT));
+        self.position = forward(self.position, bytes, self.size);
+        self.available -= bytes;
     }
 
     /// Gives everything read back to the writer, with one store. Returns whether the writer must be
@@ -190,8 +198,8 @@ pub struct WriteEnd<W> {
     /// Everything before this is written. Ours; the peer sees `published`.
     position: u32,
     published: u32,
-    /// The peer's read index when last loaded.
-    read_seen: u32,
+    /// Bytes from `position` to the peer's read index when last loaded, less the reserve.
+    free: u32,
 }
 
 impl<W: ControlWords> WriteEnd<W> {
@@ -201,13 +209,15 @@ impl<W: ControlWords> WriteEnd<W> {
     /// An index that is none.
     pub fn new(words: W, size: u32) -> Result<Self, RingError> {
         let position = check(Index::Write, words.load(Word::WriteIndex, Relaxed), size)?;
-        let read_seen = check(Index::Read, words.load(Word::ReadIndex, Acquire), size)?;
+        let read = check(Index::Read, words.load(Word::ReadIndex, Acquire), size)?;
         let features = words.load(Word::FeatureBits, Relaxed);
         words.store(Word::PendingSendSize, 0, Relaxed);
         // The writer owns the bits. A reader that heeds the pending size does so only if told.
         let features = features | FeatureBits::PENDING_SEND_SIZE.bits();
         words.store(Word::FeatureBits, features, Relaxed);
-        Ok(Self { words, size, position, published: position, read_seen })
+        // The indices would be equal if the ring were filled up, so some bytes stay free.
+        let free = size - RESERVED_BYTES - distance(read, position, size);
+        Ok(Self { words, size, position, published: position, free })
     }
 
     /// The control words.
@@ -225,8 +235,7 @@ impl<W: ControlWords> WriteEnd<W> {
     /// Bytes known to be free.
     #[inline]
     pub fn free(&self) -> u32 {
-        // The indices would be equal if the ring were filled up, so some bytes stay free.
-        self.size - RESERVED_BYTES - distance(self.read_seen, self.position, self.size)
+        self.free
     }
 
     /// Loads the reader's index and tells how many bytes are free now.
@@ -237,21 +246,27 @@ impl<W: ControlWords> WriteEnd<W> {
     pub fn refresh(&mut self) -> Result<u32, RingError> {
         // Acquire: the reader is done with the bytes before we write there again.
         let to = check(Index::Read, self.words.load(Word::ReadIndex, Acquire), self.size)?;
-        let unread = distance(self.read_seen, self.published, self.size);
-        if distance(self.read_seen, to, self.size) > unread {
-            let (from, other) = (self.read_seen, self.published);
+        // From the new index on, in this order: what is published, what is only written. It is no
+        // more than was used before.
+        let used = distance(to, self.published, self.size)
+            + distance(self.published, self.position, self.size);
+        let most = self.size - RESERVED_BYTES;
+        if used > most - self.free {
+            let from = backward(self.position, most - self.free, self.size);
+            let other = self.published;
             return Err(RingError::IndexPassed { index: Index::Read, from, to, other });
         }
-        self.read_seen = to;
-        Ok(self.free())
+        self.free = most - used;
+        Ok(self.free)
     }
 
     /// Steps over `bytes` just written, at most [`Self::free`]. The reader learns of it by
     /// [`Self::publish`].
     #[inline]
     pub fn step(&mut self, bytes: u32) {
-        debug_assert!(bytes <= self.free() && bytes % ALIGNMENT == 0);
-        self.position = forward(self.position, bytes.min(self.free()), self.size);
+        debug_assert!(bytes <= self.free && bytes.is_multiple_of(ALIGNMENT));
+        self.position = forward(self.position, bytes, self.size);
+        self.free -= bytes;
     }
 
     /// Shows the reader everything written, with one store. Returns whether the reader must be

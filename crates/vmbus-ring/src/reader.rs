@@ -1,6 +1,6 @@
 //! Taking packets out of a ring.
 
-use vmbus_memory::{RingPages, SharedSlice};
+use vmbus_memory::{RingPages, SharedView};
 use vmbus_wire::packet::{
     DESCRIPTOR_SIZE, PacketDescriptor, PacketHeader, PacketKind, TRAILER_SIZE,
 };
@@ -36,8 +36,8 @@ pub struct RingPacket<'a> {
     /// Bytes of payload, padding included: a multiple of 8.
     pub payload_len: u32,
     pages: &'a RingPages,
-    /// The whole packet, where it lies in one piece.
-    window: Option<SharedSlice<'a>>,
+    /// The packet and what was shown behind it, as far as it lies in one piece.
+    view: SharedView<'a>,
     at: u32,
 }
 
@@ -69,23 +69,23 @@ impl RingReader {
         }
         let at = self.end.position();
         let pages = self.end.words();
-        let descriptor = load_descriptor(pages, at);
-        let header =
-            descriptor.check(available).map_err(|error| RingError::Packet { at, error })?;
-        self.peeked = header.ring_bytes();
-        let window = pages.window(at, self.peeked);
+        // One test for all that follows: every access is to bytes that were shown to us.
+        let view = pages.view(at, available);
+        let descriptor = descriptor_in(&view).unwrap_or_else(|| descriptor_in_pieces(pages, at));
         let PacketHeader { kind, wants_completion, transaction_id, extension_len, payload_len } =
-            header;
-        Ok(Some(RingPacket {
+            descriptor.check(available).map_err(|error| RingError::Packet { at, error })?;
+        let packet = RingPacket {
             kind,
             wants_completion,
             transaction_id,
             extension_len,
             payload_len,
             pages,
-            window,
+            view,
             at,
-        }))
+        };
+        self.peeked = packet.ring_bytes();
+        Ok(Some(packet))
     }
 
     /// Steps over the packet last peeked, if it was not stepped over yet.
@@ -145,20 +145,17 @@ impl RingReader {
     }
 }
 
+/// Two loads, each of them once: what is checked is what is used.
 #[inline]
-fn load_descriptor(pages: &RingPages, at: u32) -> PacketDescriptor {
-    let words = pages.window(at, DESCRIPTOR_SIZE).and_then(|window| {
-        // Two loads, each of them once: what is checked is what is used.
-        Some([window.load_u64(0)?, window.load_u64(8)?])
-    });
-    match words {
-        Some(words) => zerocopy::transmute!(words),
-        None => {
-            let mut descriptor = [0; DESCRIPTOR_SIZE as usize];
-            pages.read(at, &mut descriptor);
-            zerocopy::transmute!(descriptor)
-        }
-    }
+fn descriptor_in(view: &SharedView<'_>) -> Option<PacketDescriptor> {
+    Some(zerocopy::transmute!([view.load_u64(0)?, view.load_u64(8)?]))
+}
+
+#[cold]
+fn descriptor_in_pieces(pages: &RingPages, at: u32) -> PacketDescriptor {
+    let mut descriptor = [0; DESCRIPTOR_SIZE as usize];
+    pages.read(at, &mut descriptor);
+    zerocopy::transmute!(descriptor)
 }
 
 impl RingPacket<'_> {
@@ -203,14 +200,8 @@ impl RingPacket<'_> {
     fn copy(&self, offset: u32, len: u32, into: &mut [u8]) -> usize {
         let len = into.len().min(len as usize);
         let Some(into) = into.get_mut(..len) else { return 0 };
-        match self.window {
-            Some(window) => {
-                // Offset and length are parts of a checked header, the window is the whole packet.
-                if window.read_at(offset as usize, into).is_err() {
-                    return 0;
-                }
-            }
-            None => self.pages.read(self.at + offset, into),
+        if self.view.read_at(offset as usize, into).is_err() {
+            self.pages.read(self.at + offset, into);
         }
         len
     }

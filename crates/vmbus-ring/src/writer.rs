@@ -2,11 +2,9 @@
 
 use vmbus_memory::{RingPages, SharedSlice};
 use vmbus_wire::packet::{
-    DESCRIPTOR_SIZE, MAX_PACKET_BYTES, PacketDescriptor, PacketHeader, PacketKind, PacketTrailer,
-    TRAILER_SIZE, UNIT,
+    DESCRIPTOR_SIZE, MAX_PACKET_BYTES, PacketFlags, PacketHeader, PacketKind, TRAILER_SIZE, UNIT,
 };
 use vmbus_wire::ring::RESERVED_BYTES;
-use zerocopy::IntoBytes;
 
 use crate::{RingError, WriteEnd};
 
@@ -55,16 +53,12 @@ pub enum PushError {
 #[inline]
 #[must_use]
 pub const fn packet_ring_bytes(extension_len: u32, payload_len: u32) -> u32 {
-    let sum = ring_bytes(extension_len as u64, payload_len as u64);
-    if sum > u32::MAX as u64 { u32::MAX } else { sum as u32 }
-}
-
-#[inline]
-const fn ring_bytes(extension_len: u64, payload_len: u64) -> u64 {
-    let unit = UNIT as u64;
-    extension_len.next_multiple_of(unit)
-        + payload_len.next_multiple_of(unit)
-        + (DESCRIPTOR_SIZE + TRAILER_SIZE) as u64
+    let (units, rest) = (u32::MAX - UNIT + 1, DESCRIPTOR_SIZE + TRAILER_SIZE);
+    if extension_len > units || payload_len > units {
+        return u32::MAX;
+    }
+    let extension_len = extension_len.next_multiple_of(UNIT);
+    extension_len.saturating_add(payload_len.next_multiple_of(UNIT)).saturating_add(rest)
 }
 
 /// The writing end of a ring.
@@ -73,6 +67,7 @@ const fn ring_bytes(extension_len: u64, payload_len: u64) -> u64 {
 #[derive(Debug)]
 pub struct RingWriter {
     end: WriteEnd<RingPages>,
+    max_packet_bytes: u32,
 }
 
 impl RingWriter {
@@ -82,7 +77,8 @@ impl RingWriter {
     /// An index that is none.
     pub fn new(pages: RingPages) -> Result<Self, RingError> {
         let size = pages.data_len();
-        Ok(Self { end: WriteEnd::new(pages, size)? })
+        let max_packet_bytes = (MAX_PACKET_BYTES + TRAILER_SIZE).min(size - RESERVED_BYTES);
+        Ok(Self { end: WriteEnd::new(pages, size)?, max_packet_bytes })
     }
 
     /// Bytes free for whole packets, descriptors and trailers included, looking at the reader's
@@ -105,7 +101,7 @@ impl RingWriter {
     /// The most bytes of ring any packet may take here.
     #[must_use]
     pub fn max_packet_bytes(&self) -> u32 {
-        (MAX_PACKET_BYTES + TRAILER_SIZE).min(self.data_len() - RESERVED_BYTES)
+        self.max_packet_bytes
     }
 
     /// Puts a packet in. The reader sees it after [`Self::publish`].
@@ -114,9 +110,8 @@ impl RingWriter {
     /// [`PushError`]; the ring is as it was.
     #[inline]
     pub fn push(&mut self, packet: &OutgoingPacket<'_>) -> Result<(), PushError> {
-        let extension_len = total(packet.extension);
-        let payload_len = total(packet.payload);
-        let (descriptor, needed) = self.describe(packet, extension_len, payload_len)?;
+        let frame = Frame::of(packet, self.end.position(), self.max_packet_bytes)?;
+        let needed = frame.ring_bytes();
         let mut free = self.end.free();
         if needed > free {
             free = self.end.refresh()?;
@@ -124,49 +119,12 @@ impl RingWriter {
                 return Err(PushError::Full { needed, free });
             }
         }
-        let at = self.end.position();
-        let frame = Frame {
-            descriptor,
-            trailer: PacketTrailer::new(at),
-            payload_at: needed - TRAILER_SIZE - padded(payload_len),
-            trailer_at: needed - TRAILER_SIZE,
-            packet,
-        };
-        match self.pages().window(at, needed) {
+        match self.pages().window(frame.at, needed) {
             Some(window) => frame.lay_out(&window),
-            None => frame.lay_out(&Wrapping { pages: self.pages(), at }),
+            None => lay_out_in_pieces(self.pages(), packet, frame.at, self.max_packet_bytes),
         }
         self.end.step(needed);
         Ok(())
-    }
-
-    /// The descriptor of a packet and its bytes of ring.
-    #[inline]
-    fn describe(
-        &self,
-        packet: &OutgoingPacket<'_>,
-        extension_len: u64,
-        payload_len: u64,
-    ) -> Result<(PacketDescriptor, u32), PushError> {
-        let max = self.max_packet_bytes();
-        let needed = extension_len.saturating_add(payload_len).min(u64::MAX / 2);
-        if needed > u64::from(max) {
-            return Err(PushError::TooLarge { needed: needed + 24, max });
-        }
-        let needed = ring_bytes(extension_len, payload_len);
-        let too_large = PushError::TooLarge { needed, max };
-        if needed > u64::from(max) {
-            return Err(too_large);
-        }
-        let header = PacketHeader {
-            kind: packet.kind,
-            wants_completion: packet.wants_completion,
-            transaction_id: packet.transaction_id,
-            extension_len: padded(extension_len),
-            payload_len: padded(payload_len),
-        };
-        let descriptor = header.to_descriptor().map_err(|_| too_large)?;
-        Ok((descriptor, header.ring_bytes()))
     }
 
     /// Shows the reader every packet put in. Returns whether the reader must be signalled.
@@ -210,28 +168,144 @@ impl RingWriter {
     }
 }
 
-#[inline]
-fn total(parts: &[&[u8]]) -> u64 {
-    parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len() as u64))
+/// A packet's layout, checked. Offsets count from the packet's start.
+struct Frame<'a> {
+    extension: &'a [&'a [u8]],
+    payload: &'a [&'a [u8]],
+    /// The descriptor, as the ring's words.
+    descriptor: [u64; 2],
+    /// Where in the ring the packet starts.
+    at: u32,
+    extension_end: u32,
+    payload_at: u32,
+    payload_end: u32,
+    trailer_at: u32,
 }
 
-/// `len` with padding. For lengths that have passed [`RingWriter::describe`].
+impl<'a> Frame<'a> {
+    #[inline]
+    fn of(packet: &OutgoingPacket<'a>, at: u32, max: u32) -> Result<Self, PushError> {
+        let OutgoingPacket { kind, wants_completion, transaction_id, extension, payload } = *packet;
+        let (Some(extension_len), Some(payload_len)) = (total(extension), total(payload)) else {
+            return Err(too_large(packet, max));
+        };
+        let extension_end = DESCRIPTOR_SIZE + extension_len;
+        let payload_at = extension_end.next_multiple_of(UNIT);
+        let payload_end = payload_at + payload_len;
+        let trailer_at = payload_end.next_multiple_of(UNIT);
+        if trailer_at + TRAILER_SIZE > max {
+            return Err(too_large(packet, max));
+        }
+        let flags =
+            if wants_completion { PacketFlags::COMPLETION_REQUESTED } else { PacketFlags::empty() };
+        // What `PacketHeader::to_descriptor` says, put together in registers: as a struct it takes
+        // four narrow stores and a wide load of the same bytes, which make the processor wait.
+        let head = u64::from(kind.to_wire())
+            | u64::from(payload_at / UNIT) << 16
+            | u64::from(trailer_at / UNIT) << 32
+            | u64::from(flags.bits()) << 48;
+        debug_assert_eq!(
+            PacketHeader {
+                kind,
+                wants_completion,
+                transaction_id,
+                extension_len: payload_at - DESCRIPTOR_SIZE,
+                payload_len: trailer_at - payload_at,
+            }
+            .to_descriptor(),
+            Ok(zerocopy::transmute!([head.to_le(), transaction_id.to_le()])),
+        );
+        Ok(Self {
+            extension,
+            payload,
+            descriptor: [head, transaction_id],
+            at,
+            extension_end,
+            payload_at,
+            payload_end,
+            trailer_at,
+        })
+    }
+
+    #[inline]
+    fn ring_bytes(&self) -> u32 {
+        self.trailer_at + TRAILER_SIZE
+    }
+
+    #[inline(always)]
+    fn lay_out(&self, canvas: &impl Canvas) {
+        let [head, id] = self.descriptor;
+        canvas.word(0, head);
+        canvas.word(8, id);
+        // Padding first, as a whole word: the bytes in front of it are written next.
+        if self.extension_end < self.payload_at {
+            canvas.word(self.payload_at - UNIT, 0);
+        }
+        join(canvas, DESCRIPTOR_SIZE, self.extension);
+        if self.payload_end < self.trailer_at {
+            canvas.word(self.trailer_at - UNIT, 0);
+        }
+        join(canvas, self.payload_at, self.payload);
+        // `PacketTrailer`: nothing, then where the descriptor starts.
+        canvas.word(self.trailer_at, u64::from(self.at) << 32);
+    }
+}
+
+/// Lays `parts` out in a row from `at` on.
+#[inline(always)]
+fn join(canvas: &impl Canvas, mut at: u32, parts: &[&[u8]]) {
+    for part in parts {
+        canvas.bytes(at, part);
+        #[allow(clippy::cast_possible_truncation, reason = "the sum of all parts was checked")]
+        let len = part.len() as u32;
+        at += len;
+    }
+}
+
+/// For rings that are not mapped, and memory that keeps track of writes.
+// Starts again from the packet: a reference to the frame would keep the caller's in memory.
+#[cold]
+#[inline(never)]
+fn lay_out_in_pieces(pages: &RingPages, packet: &OutgoingPacket<'_>, at: u32, max: u32) {
+    let Ok(frame) = Frame::of(packet, at, max) else { return };
+    let piece = pages.piece(at, frame.ring_bytes());
+    if piece.len() == frame.ring_bytes() as usize {
+        frame.lay_out(&piece);
+    } else {
+        frame.lay_out(&Pieces { pages, at });
+    }
+}
+
+/// Length of all parts together; `None` if no packet is as long, so that sums of a few of these fit.
 #[inline]
-#[allow(clippy::cast_possible_truncation, reason = "at most MAX_PACKET_BYTES")]
-fn padded(len: u64) -> u32 {
-    (len as u32).next_multiple_of(UNIT)
+fn total(parts: &[&[u8]]) -> Option<u32> {
+    let sum = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.len()));
+    u32::try_from(sum).ok().filter(|sum| *sum <= MAX_PACKET_BYTES)
+}
+
+#[cold]
+fn too_large(packet: &OutgoingPacket<'_>, max: u32) -> PushError {
+    let padded = |parts: &[&[u8]]| {
+        let sum = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len() as u64));
+        sum.checked_next_multiple_of(u64::from(UNIT)).unwrap_or(u64::MAX)
+    };
+    let needed = padded(packet.extension)
+        .saturating_add(padded(packet.payload))
+        .saturating_add(u64::from(DESCRIPTOR_SIZE + TRAILER_SIZE));
+    PushError::TooLarge { needed, max }
 }
 
 /// Where a packet is laid out, by byte offset from its start.
 trait Canvas {
-    fn word(&self, offset: u32, word: [u8; 8]);
+    /// Eight aligned bytes, least significant first.
+    fn word(&self, offset: u32, word: u64);
     fn bytes(&self, offset: u32, bytes: &[u8]);
 }
 
 impl Canvas for SharedSlice<'_> {
     #[inline]
-    fn word(&self, offset: u32, word: [u8; 8]) {
-        let stored = self.store_u64(offset as usize, u64::from_ne_bytes(word));
+    fn word(&self, offset: u32, word: u64) {
+        let stored = self.store_u64(offset as usize, word.to_le());
         debug_assert!(stored.is_some());
     }
 
@@ -242,54 +316,17 @@ impl Canvas for SharedSlice<'_> {
     }
 }
 
-/// A packet that does not lie in one piece.
-struct Wrapping<'a> {
+struct Pieces<'a> {
     pages: &'a RingPages,
     at: u32,
 }
 
-impl Canvas for Wrapping<'_> {
-    fn word(&self, offset: u32, word: [u8; 8]) {
-        self.bytes(offset, &word);
+impl Canvas for Pieces<'_> {
+    fn word(&self, offset: u32, word: u64) {
+        self.bytes(offset, &word.to_le_bytes());
     }
 
     fn bytes(&self, offset: u32, bytes: &[u8]) {
         self.pages.write(self.at + offset, bytes);
-    }
-}
-
-struct Frame<'a> {
-    descriptor: PacketDescriptor,
-    trailer: PacketTrailer,
-    payload_at: u32,
-    trailer_at: u32,
-    packet: &'a OutgoingPacket<'a>,
-}
-
-impl Frame<'_> {
-    #[inline]
-    fn lay_out(&self, canvas: &impl Canvas) {
-        let [head, id]: [[u8; 8]; 2] = zerocopy::transmute!(self.descriptor);
-        canvas.word(0, head);
-        canvas.word(8, id);
-        parts(canvas, DESCRIPTOR_SIZE, self.payload_at, self.packet.extension);
-        parts(canvas, self.payload_at, self.trailer_at, self.packet.payload);
-        canvas.word(self.trailer_at, zerocopy::transmute!(self.trailer));
-    }
-}
-
-/// Lays `parts` out in a row from `start` on, with zeros up to `end`.
-#[inline]
-fn parts(canvas: &impl Canvas, start: u32, end: u32, parts: &[&[u8]]) {
-    let mut at = start;
-    for part in parts {
-        canvas.bytes(at, part);
-        #[allow(clippy::cast_possible_truncation, reason = "the sum of all parts was checked")]
-        let len = part.len() as u32;
-        at += len;
-    }
-    let padding = [0u8; UNIT as usize];
-    if let Some(zeros) = padding.get(..(end - at) as usize).filter(|zeros| !zeros.is_empty()) {
-        canvas.bytes(at, zeros.as_bytes());
     }
 }
