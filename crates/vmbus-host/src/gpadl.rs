@@ -1,0 +1,449 @@
+//! GPADLs: lists of guest pages that a guest describes to a channel.
+//!
+//! A GPADL arrives in pieces: a header with the first words, then as many bodies as it takes. Bodies
+//! name no channel, so that of two channels only one may be receiving a GPADL of the same id; whole
+//! ones are told apart by channel *and* id.
+//!
+//! Source: vmbus-wire section 3, messages 8 to 12, and section 5.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use kmcl::bus::{GpadlPages, PageRange};
+use vmbus_wire::message::{GpadlError, GpadlHeader};
+use vmbus_wire::ranges::{GpaRanges, RangeError};
+use zerocopy::little_endian::U64;
+
+use crate::limits::{MAX_GPADLS, MAX_GPADLS_PER_CHANNEL, MAX_INCOMPLETE_GPADLS};
+use crate::offer::OfferId;
+use crate::shape::RamMap;
+
+/// The GPADLs of one guest.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Gpadls {
+    table: BTreeMap<(OfferId, u32), Gpadl>,
+    /// Whose GPADL of this id is receiving bodies.
+    assembling: BTreeMap<u32, OfferId>,
+    /// Pages of all of `table`.
+    pages: u64,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Gpadl {
+    state: GpadlState,
+    /// What it counts against the quota.
+    pages: u64,
+    /// The device has it mapped.
+    in_use: bool,
+}
+
+/// How far a GPADL has come, and what the guest has been told of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum GpadlState {
+    /// Words are missing. The guest waits for GPADL_CREATED; the device cannot see it.
+    Assembling(Assembly),
+    /// The guest was told that it exists; the device may look it up.
+    Created(GpadlPages),
+    /// The guest has taken it back and waits for GPADL_TORNDOWN, which is held back while a ring or
+    /// the device uses the pages. The device finds it no more.
+    TearingDown,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Assembly {
+    /// Grows with what arrives, not with what the header announces.
+    words: Vec<u64>,
+    words_total: usize,
+    range_count: u16,
+}
+
+/// Whether a GPADL is whole.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Progress {
+    Incomplete,
+    Created,
+}
+
+/// What became of a GPADL that the guest takes back.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Teardown {
+    /// Gone; the guest is to be told.
+    Done,
+    /// Still used; [`Gpadls::device_let_go`] or [`Gpadls::set_in_use`] ends it.
+    Held,
+}
+
+/// Why a message about a GPADL was refused. Always the guest's doing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GpadlRefusal {
+    /// The channel has a GPADL of this id.
+    #[error("the channel has a GPADL of this id")]
+    Duplicate,
+    /// Bodies for this id would be ambiguous: another channel is receiving them.
+    #[error("another channel is receiving a GPADL of this id")]
+    IdBusy,
+    /// The channel has no such GPADL.
+    #[error("the channel has no such GPADL")]
+    Unknown,
+    /// A body for an id under which nothing is being received.
+    #[error("no GPADL of this id is being received")]
+    NoHeader,
+    /// A body without a single word.
+    #[error("a body of no words")]
+    EmptyBody,
+    /// The header contradicts itself.
+    #[error(transparent)]
+    Header(#[from] GpadlError),
+    /// The ranges are wrong.
+    #[error(transparent)]
+    Ranges(#[from] RangeError),
+    /// A page that is not RAM.
+    #[error("page frame {pfn:#x} is not RAM")]
+    NotRam {
+        /// The page frame.
+        pfn: u64,
+    },
+    /// The channel has as many GPADLs as it may have.
+    #[error("the channel has {count} GPADLs, the limit")]
+    TooManyOfChannel {
+        /// How many.
+        count: usize,
+    },
+    /// The guest has as many GPADLs as it may have.
+    #[error("the guest has {count} GPADLs, the limit")]
+    TooMany {
+        /// How many.
+        count: usize,
+    },
+    /// As many GPADLs are being received as may be.
+    #[error("{count} GPADLs are incomplete, the limit")]
+    TooManyIncomplete {
+        /// How many.
+        count: usize,
+    },
+    /// The guest's GPADLs would describe more pages than it may share.
+    #[error("{asked} more pages, {used} of {quota} are in use")]
+    Quota {
+        /// Pages of the GPADL.
+        asked: u64,
+        /// Pages of the guest's other GPADLs.
+        used: u64,
+        /// The quota.
+        quota: u64,
+    },
+    /// Words are missing still: it can be neither used nor taken back.
+    #[error("{have} of {total} words have arrived")]
+    Incomplete {
+        /// Words that arrived.
+        have: usize,
+        /// Words announced.
+        total: usize,
+    },
+    /// The guest has taken it back already.
+    #[error("the GPADL is being torn down")]
+    TearingDown,
+}
+
+impl Gpadls {
+    /// Takes a header and the words in it.
+    pub(crate) fn begin(
+        &mut self,
+        offer: OfferId,
+        header: &GpadlHeader<'_>,
+        ram: &RamMap,
+        quota: u64,
+    ) -> Result<Progress, GpadlRefusal> {
+        let words_total = header.word_count()?;
+        let gpadl = header.fields.gpadl_id.get();
+        let range_count = header.fields.range_count.get();
+        if self.table.contains_key(&(offer, gpadl)) {
+            return Err(GpadlRefusal::Duplicate);
+        }
+        // `word_count` has made sure of two words for every range.
+        let pages = (words_total - usize::from(range_count)) as u64;
+        self.check_room(offer, pages, quota)?;
+
+        let words: Vec<u64> =
+            header.words().iter().take(words_total).map(|word| word.get()).collect();
+        let assembly = Assembly { words, words_total, range_count };
+        let (state, progress) = if assembly.words.len() == words_total {
+            (GpadlState::Created(assembly.finish(ram)?), Progress::Created)
+        } else {
+            self.start_assembling(offer, gpadl)?;
+            (GpadlState::Assembling(assembly), Progress::Incomplete)
+        };
+        self.table.insert((offer, gpadl), Gpadl { state, pages, in_use: false });
+        self.pages += pages;
+        Ok(progress)
+    }
+
+    fn start_assembling(&mut self, offer: OfferId, gpadl: u32) -> Result<(), GpadlRefusal> {
+        let count = self.assembling.len();
+        if count >= MAX_INCOMPLETE_GPADLS {
+            return Err(GpadlRefusal::TooManyIncomplete { count });
+        }
+        match self.assembling.entry(gpadl) {
+            Entry::Occupied(_) => Err(GpadlRefusal::IdBusy),
+            Entry::Vacant(entry) => {
+                entry.insert(offer);
+                Ok(())
+            }
+        }
+    }
+
+    fn check_room(&self, offer: OfferId, asked: u64, quota: u64) -> Result<(), GpadlRefusal> {
+        let count = self.of_channel(offer).count();
+        if count >= MAX_GPADLS_PER_CHANNEL {
+            return Err(GpadlRefusal::TooManyOfChannel { count });
+        }
+        let count = self.table.len();
+        if count >= MAX_GPADLS {
+            return Err(GpadlRefusal::TooMany { count });
+        }
+        let used = self.pages;
+        if used + asked > quota {
+            return Err(GpadlRefusal::Quota { asked, used, quota });
+        }
+        Ok(())
+    }
+
+    /// Which channel is receiving bodies for this id.
+    pub(crate) fn receiver(&self, gpadl: u32) -> Option<OfferId> {
+        self.assembling.get(&gpadl).copied()
+    }
+
+    /// Takes the words of a body. An error other than [`GpadlRefusal::EmptyBody`] and
+    /// [`GpadlRefusal::NoHeader`] ends the GPADL: all words have come, and they are wrong.
+    pub(crate) fn extend(
+        &mut self,
+        gpadl: u32,
+        words: &[U64],
+        ram: &RamMap,
+    ) -> Result<Progress, GpadlRefusal> {
+        let offer = self.receiver(gpadl).ok_or(GpadlRefusal::NoHeader)?;
+        let entry = self.table.get_mut(&(offer, gpadl)).ok_or(GpadlRefusal::NoHeader)?;
+        let GpadlState::Assembling(assembly) = &mut entry.state else {
+            return Err(GpadlRefusal::NoHeader);
+        };
+        let before = assembly.words.len();
+        let missing = assembly.words_total - before;
+        assembly.words.extend(words.iter().take(missing).map(|word| word.get()));
+        if assembly.words.len() == before {
+            return Err(GpadlRefusal::EmptyBody);
+        }
+        if assembly.words.len() < assembly.words_total {
+            return Ok(Progress::Incomplete);
+        }
+        match assembly.finish(ram) {
+            Ok(pages) => {
+                entry.state = GpadlState::Created(pages);
+                self.assembling.remove(&gpadl);
+                Ok(Progress::Created)
+            }
+            Err(refusal) => {
+                self.remove(offer, gpadl);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// The guest takes a GPADL back; `in_ring`: the channel's ring lies in it.
+    pub(crate) fn tear_down(
+        &mut self,
+        offer: OfferId,
+        gpadl: u32,
+        in_ring: bool,
+    ) -> Result<Teardown, GpadlRefusal> {
+        let entry = self.table.get_mut(&(offer, gpadl)).ok_or(GpadlRefusal::Unknown)?;
+        match &entry.state {
+            GpadlState::Assembling(assembly) => Err(assembly.incomplete()),
+            GpadlState::TearingDown => Err(GpadlRefusal::TearingDown),
+            GpadlState::Created(_) if in_ring || entry.in_use => {
+                entry.state = GpadlState::TearingDown;
+                Ok(Teardown::Held)
+            }
+            GpadlState::Created(_) => {
+                self.remove(offer, gpadl);
+                Ok(Teardown::Done)
+            }
+        }
+    }
+
+    /// The pages of a GPADL that is whole and not being taken back.
+    pub(crate) fn get(&self, offer: OfferId, gpadl: u32) -> Result<&GpadlPages, GpadlRefusal> {
+        match self.table.get(&(offer, gpadl)).map(|entry| &entry.state) {
+            Some(GpadlState::Created(pages)) => Ok(pages),
+            Some(GpadlState::Assembling(assembly)) => Err(assembly.incomplete()),
+            Some(GpadlState::TearingDown) => Err(GpadlRefusal::TearingDown),
+            None => Err(GpadlRefusal::Unknown),
+        }
+    }
+
+    /// The device maps or unmaps a GPADL. `true`: its teardown waited for that, and is done;
+    /// `in_ring` as in [`Gpadls::tear_down`].
+    pub(crate) fn set_in_use(
+        &mut self,
+        offer: OfferId,
+        gpadl: u32,
+        in_use: bool,
+        in_ring: bool,
+    ) -> bool {
+        let Some(entry) = self.table.get_mut(&(offer, gpadl)) else { return false };
+        match entry.state {
+            GpadlState::Created(_) => entry.in_use = in_use,
+            GpadlState::TearingDown if !in_use => {
+                entry.in_use = false;
+                if !in_ring {
+                    self.remove(offer, gpadl);
+                    return true;
+                }
+            }
+            GpadlState::TearingDown | GpadlState::Assembling(_) => {}
+        }
+        false
+    }
+
+    /// The device has let go of everything of its channel. The GPADLs whose teardown waited for that.
+    pub(crate) fn device_let_go(&mut self, offer: OfferId) -> Vec<u32> {
+        let mut done = Vec::new();
+        for (id, entry) in self.of_channel_mut(offer) {
+            entry.in_use = false;
+            if entry.state == GpadlState::TearingDown {
+                done.push(id);
+            }
+        }
+        for id in &done {
+            self.remove(offer, *id);
+        }
+        done
+    }
+
+    /// Drops the GPADLs of a channel that are incomplete: the guest is to be told that they failed.
+    pub(crate) fn drop_incomplete(&mut self, offer: OfferId) -> Vec<u32> {
+        let is_incomplete =
+            |(id, entry): (u32, &Gpadl)| matches!(entry.state, GpadlState::Assembling(_)).then_some(id);
+        let dropped: Vec<u32> = self.of_channel(offer).filter_map(is_incomplete).collect();
+        for id in &dropped {
+            self.remove(offer, *id);
+        }
+        dropped
+    }
+
+    /// Drops the GPADLs of a channel that the guest has released, but those for whose teardown it
+    /// waits.
+    pub(crate) fn release_channel(&mut self, offer: OfferId) {
+        self.retain(|owner, _, entry| owner != offer || entry.state == GpadlState::TearingDown);
+    }
+
+    /// Drops every GPADL but the rings named by `kept`.
+    pub(crate) fn disconnect(&mut self, kept: &[(OfferId, u32)]) {
+        self.retain(|offer, id, _| kept.contains(&(offer, id)));
+    }
+
+    /// Drops every GPADL of a channel that is no more.
+    pub(crate) fn remove_channel(&mut self, offer: OfferId) {
+        self.retain(|owner, _, _| owner != offer);
+    }
+
+    fn retain(&mut self, keep: impl Fn(OfferId, u32, &Gpadl) -> bool) {
+        let dropped: Vec<(OfferId, u32)> = self
+            .table
+            .iter()
+            .filter(|((offer, id), entry)| !keep(*offer, *id, entry))
+            .map(|(key, _)| *key)
+            .collect();
+        for (offer, id) in dropped {
+            self.remove(offer, id);
+        }
+    }
+
+    fn remove(&mut self, offer: OfferId, gpadl: u32) {
+        if let Some(entry) = self.table.remove(&(offer, gpadl)) {
+            self.pages -= entry.pages;
+            if matches!(entry.state, GpadlState::Assembling(_)) {
+                self.assembling.remove(&gpadl);
+            }
+        }
+    }
+
+    fn of_channel(&self, offer: OfferId) -> impl Iterator<Item = (u32, &Gpadl)> {
+        self.table.range((offer, 0)..=(offer, u32::MAX)).map(|((_, id), entry)| (*id, entry))
+    }
+
+    fn of_channel_mut(&mut self, offer: OfferId) -> impl Iterator<Item = (u32, &mut Gpadl)> {
+        self.table.range_mut((offer, 0)..=(offer, u32::MAX)).map(|((_, id), entry)| (*id, entry))
+    }
+
+    /// GPADLs, incomplete ones included.
+    pub(crate) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// GPADLs of which words are missing.
+    pub(crate) fn incomplete(&self) -> usize {
+        self.assembling.len()
+    }
+
+    /// Pages that count against the quota.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Every GPADL's channel and id, and whether its teardown is held back.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (OfferId, u32, bool)> {
+        let held = |entry: &Gpadl| entry.state == GpadlState::TearingDown;
+        self.table.iter().map(move |((offer, id), entry)| (*offer, *id, held(entry)))
+    }
+
+    /// What is wrong with the books, if anything.
+    pub(crate) fn violations(&self, quota: u64) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let pages: u64 = self.table.values().map(|entry| entry.pages).sum();
+        if pages != self.pages || pages > quota {
+            wrong.push(format!("{pages} GPADL pages, {} on the books, {quota} allowed", self.pages));
+        }
+        if self.table.len() > MAX_GPADLS || self.assembling.len() > MAX_INCOMPLETE_GPADLS {
+            let (all, incomplete) = (self.table.len(), self.assembling.len());
+            wrong.push(format!("{all} GPADLs, {incomplete} incomplete"));
+        }
+        let mut assembling = BTreeMap::new();
+        for ((offer, id), entry) in &self.table {
+            if self.of_channel(*offer).count() > MAX_GPADLS_PER_CHANNEL {
+                wrong.push(format!("too many GPADLs on {offer:?}"));
+            }
+            if let GpadlState::Assembling(assembly) = &entry.state {
+                assembling.insert(*id, *offer);
+                if entry.in_use || assembly.words.len() >= assembly.words_total {
+                    wrong.push(format!("incomplete GPADL {id:#x} of {offer:?}: {entry:?}"));
+                }
+            }
+        }
+        if assembling != self.assembling {
+            wrong.push(format!("incomplete: {assembling:?}, on the books {:?}", self.assembling));
+        }
+        wrong
+    }
+}
+
+impl Assembly {
+    fn incomplete(&self) -> GpadlRefusal {
+        GpadlRefusal::Incomplete { have: self.words.len(), total: self.words_total }
+    }
+
+    fn finish(&self, ram: &RamMap) -> Result<GpadlPages, GpadlRefusal> {
+        let ranges = GpaRanges::parse(&self.words, u32::from(self.range_count))?;
+        let mut pages = Vec::with_capacity(usize::from(self.range_count));
+        for range in ranges {
+            if let Some(pfn) = range.pfns.iter().copied().find(|pfn| !ram.contains(*pfn)) {
+                return Err(GpadlRefusal::NotRam { pfn });
+            }
+            pages.push(PageRange {
+                byte_count: range.byte_count,
+                byte_offset: range.byte_offset,
+                pfns: range.pfns.to_vec(),
+            });
+        }
+        Ok(GpadlPages { ranges: pages, read_only: false }) // no message says otherwise
+    }
+}
