@@ -1,0 +1,181 @@
+//! A small guest that drives any back end.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmbus_memory::GuestMemory;
+
+use crate::block::{
+    Backend, Buffers, CacheMode, Engine, FileOptions, ImageError, IoDone, IoError, IoOperation,
+    IoRequest, RamBackend, open_file,
+};
+
+/// Bytes of the disks under test.
+pub(super) const DISK_BYTES: u64 = 1 << 20;
+
+/// Bytes of the guest's memory.
+pub(super) const MEMORY_BYTES: u64 = 4 << 20;
+
+/// The kinds of back end.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Kind {
+    File(Engine, CacheMode),
+    Ram,
+}
+
+pub(super) const FILES: [Kind; 4] = [
+    Kind::File(Engine::IoUring, CacheMode::Direct),
+    Kind::File(Engine::IoUring, CacheMode::Buffered),
+    Kind::File(Engine::Threads(3), CacheMode::Direct),
+    Kind::File(Engine::Threads(3), CacheMode::Buffered),
+];
+
+/// A disk under test, and the guest memory its requests use.
+pub(super) struct Rig {
+    pub(super) kind: Kind,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) memory: GuestMemory,
+    ram: Option<Arc<RamBackend>>,
+    image: Option<PathBuf>,
+    _folder: Option<tempfile::TempDir>,
+}
+
+/// Runs `test` for every kind of back end, `kinds` only if given.
+pub(super) fn on_each(kinds: &[Kind], test: impl Fn(&Rig)) {
+    for &kind in kinds {
+        eprintln!("--- {kind:?}");
+        if let Some(rig) = Rig::new(kind) {
+            test(&rig);
+        }
+    }
+}
+
+/// All kinds.
+pub(super) fn all() -> Vec<Kind> {
+    FILES.into_iter().chain([Kind::Ram]).collect()
+}
+
+impl Rig {
+    /// A disk of zeros; `None` where the system refuses io_uring.
+    pub(super) fn new(kind: Kind) -> Option<Self> {
+        let Kind::File(..) = kind else {
+            let ram = Arc::new(RamBackend::new(DISK_BYTES).unwrap());
+            return Some(Self {
+                kind,
+                backend: Arc::clone(&ram) as Arc<dyn Backend>,
+                memory: GuestMemory::memfd(MEMORY_BYTES).unwrap(),
+                ram: Some(ram),
+                image: None,
+                _folder: None,
+            });
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
+        let backend = open(kind, &image, false)?.unwrap();
+        Some(Self {
+            kind,
+            backend,
+            memory: GuestMemory::memfd(MEMORY_BYTES).unwrap(),
+            ram: None,
+            image: Some(image),
+            _folder: Some(folder),
+        })
+    }
+
+    /// The file behind the disk, seen from elsewhere.
+    pub(super) fn image(&self) -> &Path {
+        self.image.as_deref().unwrap()
+    }
+
+    /// What is on the disk, seen from elsewhere.
+    pub(super) fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(DISK_BYTES).unwrap()];
+        match &self.ram {
+            Some(ram) => ram.medium().read(0, &mut bytes).unwrap(),
+            None => File::open(self.image()).unwrap().read_exact_at(&mut bytes, 0).unwrap(),
+        }
+        bytes
+    }
+
+    /// A request whose buffers are `segments`; its length is theirs unless `bytes` is given.
+    pub(super) fn request(
+        &self,
+        operation: IoOperation,
+        offset: u64,
+        bytes: Option<u64>,
+        segments: &[(u64, u32)],
+    ) -> IoRequest {
+        let data = segments.iter().map(|&(_, len)| u64::from(len)).sum();
+        let mut buffers = Buffers::new();
+        buffers.set(&self.memory, segments.iter().copied(), data).unwrap();
+        IoRequest { token: 0, operation, offset, bytes: bytes.unwrap_or(data), buffers }
+    }
+
+    /// Submits all requests at once and waits for them; in the order in which they finish.
+    pub(super) fn run_all(&self, mut requests: Vec<IoRequest>) -> Vec<IoDone> {
+        let count = requests.len();
+        let mut done = Vec::new();
+        self.backend.submit(&mut requests, &mut done);
+        assert!(requests.is_empty());
+        self.wait(&mut done, count);
+        done
+    }
+
+    /// Reaps until `count` requests are done.
+    pub(super) fn wait(&self, done: &mut Vec<IoDone>, count: usize) {
+        while done.len() < count {
+            let fd = self.backend.completion_fd().expect("the rest is finished already");
+            let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+            let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+            assert_eq!(poll(&mut fds, Some(&limit)), Ok(1), "{} of {count} done", done.len());
+            self.backend.reap(done);
+        }
+        assert_eq!(done.len(), count);
+    }
+
+    /// Performs one request.
+    pub(super) fn run(
+        &self,
+        operation: IoOperation,
+        offset: u64,
+        bytes: Option<u64>,
+        segments: &[(u64, u32)],
+    ) -> Result<(), IoError> {
+        let request = self.request(operation, offset, bytes, segments);
+        self.run_all(vec![request]).pop().unwrap().result
+    }
+}
+
+/// Opens `image` with the engine of `kind`; `None` where the system refuses io_uring.
+pub(super) fn open(
+    kind: Kind,
+    image: &Path,
+    read_only: bool,
+) -> Option<Result<Arc<dyn Backend>, ImageError>> {
+    let Kind::File(engine, cache) = kind else { panic!("no file") };
+    let options = FileOptions { read_only, cache, engine, ..FileOptions::default() };
+    match open_file(image, &options) {
+        Err(ImageError::Resources { errno, .. }) if engine == Engine::IoUring => {
+            eprintln!("skipped: io_uring is refused here: {errno}");
+            None
+        }
+        opened => Some(opened),
+    }
+}
+
+/// Descriptors and I/O threads of this process. The kernel's own threads for io_uring show up among
+/// a process's too, and leave when they like.
+pub(super) fn resources() -> (usize, usize) {
+    let list = |path| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+    let is_ours = |task: PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("disk-io"))
+    };
+    (
+        list("/proc/self/fd").count(),
+        list("/proc/self/task").filter(|task| is_ours(task.clone())).count(),
+    )
+}
