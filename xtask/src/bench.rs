@@ -4,7 +4,7 @@
 //! whatever else it says:
 //!
 //! ```text
-//! RATIO <name> ours=<ns> peer=<ns> ratio=<ours per peer> limit=<most it may be>
+//! RATIO <name> ours=<ns> peer=<ns> ratio=<ours per peer> limit=<most it may be, inf: only reported>
 //! FIGURE <name> <value> <unit> [limit=<most it may be>]
 //! ```
 
@@ -24,7 +24,7 @@ struct Ratio {
     ours_ns: f64,
     peer_ns: f64,
     ratio: f64,
-    limit: f64,
+    limit: Option<f64>,
 }
 
 /// A figure without a peer.
@@ -83,16 +83,9 @@ pub(crate) fn run(
     none_of("lines of benchmarks that are not of their form", malformed)
 }
 
-impl Ratio {
-    fn is_reached(&self) -> bool {
-        self.ratio <= self.limit
-    }
-}
-
-impl Figure {
-    fn is_reached(&self) -> Option<bool> {
-        self.limit.map(|limit| self.value <= limit)
-    }
+/// Whether `value` is within `limit`; `None` where there is none.
+fn is_reached(value: f64, limit: Option<f64>) -> Option<bool> {
+    limit.map(|limit| value <= limit)
 }
 
 /// What `text` reports; `None` where it is not meant for us.
@@ -114,7 +107,7 @@ fn parse_ratio(words: &[&str]) -> Result<Ratio, String> {
         ours_ns: field("ours", ours)?,
         peer_ns: field("peer", peer)?,
         ratio: field("ratio", ratio)?,
-        limit: field("limit", limit)?,
+        limit: if limit == "limit=inf" { None } else { Some(field("limit", limit)?) },
     })
 }
 
@@ -147,7 +140,6 @@ fn number(word: &str) -> Result<f64, String> {
 /// The table: ratios first, then the figures that have no peer.
 fn table(lines: &[Line]) -> Vec<String> {
     let width = lines.iter().map(|line| line.name().len()).max().unwrap_or(0).max("name".len());
-    let yes_no = |reached| if reached { "yes" } else { "NO" };
     let mut rows = vec![format!(
         "{:<width$}  {:>12}  {:>12}  {:>7}  {:>10}  reached",
         "name", "ours ns", "peer ns", "ratio", "must reach"
@@ -155,13 +147,13 @@ fn table(lines: &[Line]) -> Vec<String> {
     for line in lines {
         if let Line::Ratio(ratio) = line {
             rows.push(format!(
-                "{:<width$}  {:>12.1}  {:>12.1}  {:>7.2}  {:>10.2}  {}",
+                "{:<width$}  {:>12.1}  {:>12.1}  {:>7.2}  {:>10}  {}",
                 ratio.name,
                 ratio.ours_ns,
                 ratio.peer_ns,
                 ratio.ratio,
-                ratio.limit,
-                yes_no(ratio.is_reached())
+                ratio.limit.map_or("-".to_owned(), |limit| format!("{limit:.2}")),
+                verdict(ratio.ratio, ratio.limit)
             ));
         }
     }
@@ -169,15 +161,25 @@ fn table(lines: &[Line]) -> Vec<String> {
     for line in lines {
         if let Line::Figure(figure) = line {
             let value = format!("{:<width$}  {} {}", figure.name, figure.value, figure.unit);
-            rows.push(match figure.limit.zip(figure.is_reached()) {
-                Some((limit, reached)) => {
-                    format!("{value}, at most {limit}: reached {}", yes_no(reached))
+            rows.push(match figure.limit {
+                Some(limit) => {
+                    let verdict = verdict(figure.value, figure.limit);
+                    format!("{value}, at most {limit}: reached {verdict}")
                 }
                 None => value,
             });
         }
     }
     rows
+}
+
+/// The last column of the table.
+fn verdict(value: f64, limit: Option<f64>) -> &'static str {
+    match is_reached(value, limit) {
+        Some(true) => "yes",
+        Some(false) => "NO",
+        None => "-",
+    }
 }
 
 impl Line {
@@ -199,14 +201,14 @@ fn as_json(lines: &[Line]) -> serde_json::Value {
                 "peer_ns": ratio.peer_ns,
                 "ratio": ratio.ratio,
                 "limit": ratio.limit,
-                "reached": ratio.is_reached(),
+                "reached": is_reached(ratio.ratio, ratio.limit),
             }),
             Line::Figure(figure) => json!({
                 "name": figure.name,
                 "value": figure.value,
                 "unit": figure.unit,
                 "limit": figure.limit,
-                "reached": figure.is_reached(),
+                "reached": is_reached(figure.value, figure.limit),
             }),
         })
         .collect()
@@ -218,12 +220,12 @@ mod tests {
 
     #[test]
     fn lines_of_benchmarks_parse_or_say_why_not() {
-        let ratio = Ratio {
+        let ratio = |limit| Ratio {
             name: "ring/64B".to_owned(),
             ours_ns: 30.0,
             peer_ns: 20.0,
             ratio: 1.5,
-            limit: 1.5,
+            limit,
         };
         let figure = |limit| Figure {
             name: "channel/memory".to_owned(),
@@ -234,7 +236,11 @@ mod tests {
         for (text, expected) in [
             (
                 "RATIO ring/64B ours=30 peer=20.0 ratio=1.5 limit=1.5",
-                Some(Ok(Line::Ratio(ratio.clone()))),
+                Some(Ok(Line::Ratio(ratio(Some(1.5))))),
+            ),
+            (
+                "RATIO ring/64B ours=30 peer=20 ratio=1.5 limit=inf",
+                Some(Ok(Line::Ratio(ratio(None)))),
             ),
             ("FIGURE channel/memory 12 KiB", Some(Ok(Line::Figure(figure(None))))),
             ("FIGURE channel/memory 12 KiB limit=512", Some(Ok(Line::Figure(figure(Some(512.0)))))),
@@ -253,8 +259,11 @@ mod tests {
         ] {
             assert_eq!(parse(text), expected, "{text}");
         }
-        assert!(ratio.is_reached());
-        assert!(!Ratio { ratio: 1.51, ..ratio }.is_reached());
+        for (value, limit, expected) in
+            [(1.5, Some(1.5), Some(true)), (1.51, Some(1.5), Some(false)), (9.0, None, None)]
+        {
+            assert_eq!(is_reached(value, limit), expected, "{value} of {limit:?}");
+        }
     }
 
     #[test]
@@ -263,6 +272,7 @@ mod tests {
             "FIGURE memory 600 KiB limit=512",
             "RATIO fast ours=1 peer=2 ratio=0.5 limit=1",
             "RATIO slow ours=4 peer=2 ratio=2 limit=1",
+            "RATIO free ours=4 peer=2 ratio=2 limit=inf",
         ]
         .iter()
         .map(|text| parse(text).unwrap().unwrap())
@@ -270,6 +280,7 @@ mod tests {
         let rows = table(&lines);
         assert!(rows.iter().any(|row| row.starts_with("fast") && row.ends_with("  yes")));
         assert!(rows.iter().any(|row| row.starts_with("slow") && row.ends_with("  NO")));
+        assert!(rows.iter().any(|row| row.starts_with("free") && row.ends_with("  -")));
         assert!(rows.iter().any(|row| row.starts_with("memory") && row.ends_with("reached NO")));
         assert_eq!(as_json(&lines)[1]["reached"], true);
     }

@@ -30,8 +30,9 @@
 //! # Panics in a callback
 //!
 //! A device that panics takes its own channel down and no other: the worker catches the panic, logs
-//! it, and lets go of the channel as [`Worker::remove`] does. The peer sees a device that no longer
-//! answers; [`Worker::drives`] says `false`; the channel can still be disabled by its owner.
+//! it, and lets go of the channel as [`Worker::remove`] does, so that [`Worker::drives`] says
+//! `false`. The peer sees a device that no longer answers. The channel is as the panic left it, in
+//! the middle of a callback: drop its handles, and do not wait for it with `pause` or `disable`.
 
 #![forbid(unsafe_code)]
 
@@ -54,3 +55,8 @@ pub const PACKETS_PER_TURN: u32 = 64;
 
 /// Most channels and sources that one worker drives.
 pub const MAX_TASKS: usize = 4096;
+
+/// Holds the README's code to the crates: it is compiled with the documentation's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
