@@ -164,6 +164,20 @@ impl<'a> GpaRanges<'a> {
         Ok((Self { words, range_count, total_bytes }, rest))
     }
 
+    /// A list that was checked before, put together again from its [`words`](Self::words),
+    /// [`range_count`](Self::range_count) and [`total_bytes`](Self::total_bytes) without a second
+    /// check: for owners of the words who cannot keep a borrow of them beside them.
+    ///
+    /// All three must come from one list, and the words must not have changed. Anything else is the
+    /// caller's fault: an assertion in debug builds, wrong ranges in others.
+    #[inline]
+    #[must_use]
+    pub fn from_checked(words: &'a [u64], range_count: u32, total_bytes: u64) -> Self {
+        let ranges = Self { words, range_count, total_bytes };
+        debug_assert_eq!(Self::parse(words, range_count), Ok(ranges), "not as it was checked");
+        ranges
+    }
+
     /// Number of ranges; at least 1.
     #[inline]
     #[must_use]
@@ -182,7 +196,7 @@ impl<'a> GpaRanges<'a> {
     #[inline]
     #[must_use]
     pub const fn total_pages(&self) -> usize {
-        self.words.len() - self.range_count as usize * RANGE_HEADER_WORDS
+        self.words.len().saturating_sub(self.range_count as usize * RANGE_HEADER_WORDS)
     }
 
     /// The words that were checked, headers included.
@@ -250,7 +264,7 @@ impl<'a> Iterator for GpaRangeIter<'a> {
         let pages = usize::try_from(pages_spanned(byte_offset, byte_count)).ok()?;
         let (pfns, rest) = after.split_at_checked(pages)?;
         self.words = rest;
-        self.left -= 1;
+        self.left = self.left.saturating_sub(1);
         Some(GpaRange { byte_count, byte_offset, pfns })
     }
 
@@ -432,6 +446,16 @@ mod tests {
         let words = [header(1, 0), 1, 2, u64::MAX];
         let (ranges, rest) = GpaRanges::parse_prefix(&words, 1).unwrap();
         assert_eq!((ranges.words(), rest), (&words[..2], &words[2..]));
+    }
+
+    #[test]
+    fn a_checked_list_can_be_put_together_again() {
+        let words = [header(4097, 0), 1, 2, header(8, 0), 3];
+        let ranges = GpaRanges::parse(&words, 2).unwrap();
+        let again =
+            GpaRanges::from_checked(ranges.words(), ranges.range_count(), ranges.total_bytes());
+        assert_eq!(again, ranges);
+        assert!(again.iter().eq(ranges.iter()));
     }
 
     #[test]
