@@ -34,7 +34,9 @@ impl Exit {
             Self::Ok => "done, nothing to complain about",
             Self::Mismatch => "data differs from what it must be",
             Self::Usage => "the command line asks for something that cannot be",
-            Self::Disk => "the disk or its image is at fault: missing, locked, read-only, full, failing",
+            Self::Disk => {
+                "the disk or its image is at fault: missing, locked, read-only, full, failing"
+            }
             Self::Peer => "the other side of the connection is at fault, busy, or not there",
             Self::System => "this machine refuses: a file, memory, a program that is not installed",
         }
@@ -122,8 +124,11 @@ impl fmt::Display for Failure {
 
 /// `text` on one line: a failure is exactly one line, whatever a file name contains.
 fn one_line(text: &str) -> String {
-    let parts: Vec<&str> =
-        text.split(|c: char| c.is_control()).map(str::trim).filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> = text
+        .split(|c: char| c.is_control())
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+        .collect();
     parts.join(" ")
 }
 

@@ -1,0 +1,347 @@
+//! The command line, from which `--help`, the completions and the man pages all come.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::exit::Exit;
+use crate::size::Size;
+
+/// VMBus storage from the command line: serve disk images as a Hyper-V host does, and read, write,
+/// verify and measure them as a guest does.
+#[derive(Debug, Parser)]
+#[command(name = "kmcl", version, after_help = Exit::table(), propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command understands.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Global {
+    /// Write results (standard output) and failures (standard error) as one line of JSON each
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Log what happens on standard error; twice for more
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Demo(Demo),
+    Serve(Serve),
+    /// Work with a disk that a server serves
+    #[command(subcommand, after_help = Exit::table())]
+    Disk(Disk),
+    Completions(Completions),
+    Man(Man),
+}
+
+/// Serve a disk image from one process, use it from another, prove every byte
+///
+/// Reads the whole disk through VMBus and compares it with the image; overwrites it with a pattern
+/// that names its place, sequentially and at random, and checks it through VMBus and in the file;
+/// tests UNMAP; writes the original content back and has e2fsck judge it. Works on a copy, never on
+/// the image given.
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Demo {
+    /// The image to work on a copy of; without it an ext4 image is made
+    #[arg(long, value_name = "FILE")]
+    pub(crate) disk: Option<PathBuf>,
+    /// Size of the ext4 image that is made without --disk
+    #[arg(long, value_name = "SIZE", default_value = "64M", conflicts_with = "disk")]
+    pub(crate) size: Size,
+    /// Requests in flight at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH))]
+    pub(crate) depth: u16,
+    /// How much of a large disk is overwritten, in pieces spread over all of it
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub(crate) write_limit: Size,
+    /// Directory for the copy, with room for it [default: the directory for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) back_end: BackEndArgs,
+}
+
+/// Largest queue depth that can be asked for.
+pub(crate) const MAX_DEPTH: i64 = 256;
+
+/// How a server reads and writes image files.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct BackEndArgs {
+    /// Threads that drive channels [default: one per two processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) workers: Option<u16>,
+    /// How image files are read and written
+    #[arg(long, value_enum, default_value_t = BackEnd::Auto)]
+    pub(crate) backend: BackEnd,
+}
+
+/// How image files are read and written.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum BackEnd {
+    /// io_uring where the kernel has it, else threads
+    Auto,
+    /// io_uring, or not at all
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads
+    Threads,
+}
+
+/// Serve disk images to guests, one guest process after another
+///
+/// Prints one line when guests may connect; ends on SIGINT or SIGTERM with everything flushed.
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Serve {
+    /// An image to serve, with options: FILE[,ro][,cache=auto|direct|buffered]; may be repeated
+    #[arg(long = "disk", value_name = "FILE[,ro][,cache=MODE]", required = true)]
+    pub(crate) disks: Vec<DiskSpec>,
+    /// Where to listen: a Unix socket that is made, and removed at the end
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    #[command(flatten)]
+    pub(crate) back_end: BackEndArgs,
+}
+
+/// An image and how to serve it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct DiskSpec {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+    pub(crate) cache: Cache,
+}
+
+/// Whether the page cache of this machine is used for an image.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Cache {
+    /// Passed by where the file allows it.
+    Auto,
+    /// Passed by, or refused.
+    Direct,
+    /// Used.
+    Buffered,
+}
+
+/// Why the value of `serve --disk` was refused.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub(crate) enum DiskSpecError {
+    #[error("the name of the file is missing")]
+    NoPath,
+    #[error("unknown option \"{0}\"; there are ro and cache=auto|direct|buffered")]
+    Option(String),
+}
+
+impl std::str::FromStr for DiskSpec {
+    type Err = DiskSpecError;
+
+    fn from_str(text: &str) -> Result<Self, DiskSpecError> {
+        let mut parts = text.split(',');
+        let path = PathBuf::from(parts.next().unwrap_or_default());
+        if path.as_os_str().is_empty() {
+            return Err(DiskSpecError::NoPath);
+        }
+        let mut spec = Self { path, read_only: false, cache: Cache::Auto };
+        for option in parts {
+            match option {
+                "ro" => spec.read_only = true,
+                "cache=auto" => spec.cache = Cache::Auto,
+                "cache=direct" => spec.cache = Cache::Direct,
+                "cache=buffered" => spec.cache = Cache::Buffered,
+                _ => return Err(DiskSpecError::Option(option.to_owned())),
+            }
+        }
+        Ok(spec)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Disk {
+    Info(Info),
+    Read(Read),
+    Write(Write),
+    Verify(Verify),
+    Bench(Bench),
+}
+
+/// How a disk is reached.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Target {
+    /// The socket at which the server listens
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// Seconds after which a silent server is given up
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) timeout: u64,
+}
+
+/// Which disk, and how many requests at once.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DiskTarget {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// The disk's logical unit number: the first --disk of the server is 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) lun: u8,
+    /// Requests in flight at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH))]
+    pub(crate) depth: u16,
+}
+
+/// List the server's disks and what they can do
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Info {
+    #[command(flatten)]
+    pub(crate) target: Target,
+}
+
+/// Read from a disk into a file or to standard output
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Read {
+    #[command(flatten)]
+    pub(crate) disk: DiskTarget,
+    /// First byte to read
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub(crate) offset: Size,
+    /// How much to read [default: up to the end of the disk]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) length: Option<Size>,
+    /// The file to make, or - for standard output
+    #[arg(long, short, value_name = "FILE", default_value = "-")]
+    pub(crate) output: PathBuf,
+}
+
+/// Write a file or standard input to a disk, and flush it
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Write {
+    #[command(flatten)]
+    pub(crate) disk: DiskTarget,
+    /// First byte to write; a multiple of the disk's block size
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub(crate) offset: Size,
+    /// How much to write [default: all of the input]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) length: Option<Size>,
+    /// The file to write, or - for standard input
+    #[arg(long, short, value_name = "FILE", default_value = "-")]
+    pub(crate) input: PathBuf,
+}
+
+/// Compare a disk with a file, byte for byte
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Verify {
+    #[command(flatten)]
+    pub(crate) disk: DiskTarget,
+    /// The file that the disk must equal
+    #[arg(long, value_name = "FILE")]
+    pub(crate) against: PathBuf,
+    /// First byte of the disk to compare; the file is read from its beginning
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub(crate) offset: Size,
+    /// How much to compare [default: all of the file]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) length: Option<Size>,
+}
+
+/// Measure how fast a disk is
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) disk: DiskTarget,
+    /// What to measure
+    #[arg(value_enum, default_value_t = Workload::Randread)]
+    pub(crate) workload: Workload,
+    /// Bytes of each request
+    #[arg(long, value_name = "SIZE", default_value = "4K")]
+    pub(crate) block_size: Size,
+    /// Stop after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub(crate) seconds: u64,
+    /// Stop after so many bytes
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) bytes: Option<Size>,
+    /// Allow the write workloads, which destroy what is on the disk
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+/// What `disk bench` measures.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Workload {
+    /// Sequential reads
+    Read,
+    /// Sequential writes
+    Write,
+    /// Reads at random places
+    Randread,
+    /// Writes at random places
+    Randwrite,
+}
+
+/// Print a completion script for a shell
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Write the man pages into a directory
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Man {
+    /// The directory; it is made if it does not exist
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_documents_its_exit_codes() {
+        fn walk(command: &clap::Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Exit codes:"), "{}", command.get_name());
+            command.get_subcommands().for_each(walk);
+        }
+        walk(&Cli::command());
+    }
+
+    #[test]
+    fn disks_are_given_with_options() {
+        let spec = |path: &str, read_only, cache| DiskSpec { path: path.into(), read_only, cache };
+        for (text, expected) in [
+            ("a.img", Ok(spec("a.img", false, Cache::Auto))),
+            ("a.img,ro", Ok(spec("a.img", true, Cache::Auto))),
+            ("/x/b,cache=direct", Ok(spec("/x/b", false, Cache::Direct))),
+            ("b,cache=buffered,ro", Ok(spec("b", true, Cache::Buffered))),
+            ("", Err(DiskSpecError::NoPath)),
+            (",ro", Err(DiskSpecError::NoPath)),
+            ("a,rw", Err(DiskSpecError::Option("rw".into()))),
+            ("a,cache=none", Err(DiskSpecError::Option("cache=none".into()))),
+            ("a,", Err(DiskSpecError::Option(String::new()))),
+        ] {
+            assert_eq!(text.parse::<DiskSpec>(), expected, "{text:?}");
+        }
+    }
+}

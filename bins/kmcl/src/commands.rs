@@ -1,0 +1,20 @@
+//! One module per command: each takes its arguments, does its work, and reports.
+
+mod completions;
+mod man;
+
+use crate::cli::Command;
+use crate::exit::Result;
+use crate::output::Output;
+
+/// Runs a command.
+///
+/// # Errors
+/// The [`Failure`](crate::exit::Failure) that decides the exit code.
+pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
+    match command {
+        Command::Completions(arguments) => completions::run(&arguments),
+        Command::Man(arguments) => man::run(&arguments, output),
+        _ => Ok(()),
+    }
+}
