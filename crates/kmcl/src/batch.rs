@@ -1,5 +1,7 @@
 //! Several completions and sends, shown to the peer at once.
 
+use std::sync::Arc;
+
 use vmbus_wire::ranges::GpaRange;
 
 use crate::channel::Channel;
@@ -21,11 +23,11 @@ impl<'a> Batch<'a> {
 
     /// As [`IncomingPacket::complete`]. A packet of another channel is completed by itself.
     pub fn complete(&mut self, packet: IncomingPacket, payload: &[u8]) {
-        if !std::sync::Arc::ptr_eq(&packet.channel().shared, &self.channel.shared) {
-            return packet.complete(payload);
-        }
-        if let Some(body) = packet.into_body() {
-            self.channel.complete_staged(body, payload);
+        let Some((body, channel)) = packet.into_parts() else { return };
+        if Arc::ptr_eq(&channel.shared, &self.channel.shared) {
+            channel.complete_staged(body, payload);
+        } else {
+            channel.complete(body, payload);
         }
     }
 
@@ -40,7 +42,7 @@ impl<'a> Batch<'a> {
         external: Option<&[GpaRange<'_>]>,
         flags: SendFlags,
     ) -> Result<(), SendError> {
-        if !std::sync::Arc::ptr_eq(&packet.channel().shared, &self.channel.shared) {
+        if !Arc::ptr_eq(&packet.channel().shared, &self.channel.shared) {
             return packet.send(message, external, flags);
         }
         self.channel.send_staged(packet, message, external, flags)

@@ -505,7 +505,9 @@ impl Channel {
         self.follow(consequences);
     }
 
-    pub(crate) fn retire(&self, body: Box<Body>) {
+    /// Ends a packet without a completion, and deliveries with it (D-36).
+    pub(crate) fn fail(&self, body: Box<Body>) {
+        self.stop(ChannelError::PacketFailed);
         let consequences = self.traffic().retire(body);
         self.follow(consequences);
     }

@@ -1,8 +1,8 @@
 //! Guest memory that a packet describes and does not carry: the Rust form of an MDL.
 
 use vmbus_memory::GuestMemory;
-use vmbus_wire::PAGE_SIZE_U32;
 use vmbus_wire::ranges::{GpaRange, GpaRangeIter, GpaRanges};
+use vmbus_wire::{PAGE_SHIFT, PAGE_SIZE_U32};
 
 use crate::bus::Residency;
 use crate::channel::Channel;
@@ -19,18 +19,14 @@ pub struct ExternalData<'a> {
 }
 
 impl<'a> ExternalData<'a> {
+    /// A view of ranges that [`outside`] has found nothing wrong with.
+    #[inline]
     pub(crate) fn new(
         memory: &'a GuestMemory,
         ranges: GpaRanges<'a>,
         flags: ExternalDataFlags,
-    ) -> Result<Self, Error> {
-        let data = Self { memory, ranges, flags };
-        for (gpa, len) in data.segments() {
-            if !memory.contains(gpa, u64::from(len)) {
-                return Err(Error::NotMemory { gpa, len: u64::from(len) });
-            }
-        }
-        Ok(data)
+    ) -> Self {
+        Self { memory, ranges, flags }
     }
 
     /// Whether all of it is there; what is not is on its way then.
@@ -72,11 +68,11 @@ impl<'a> ExternalData<'a> {
         self.ranges.iter()
     }
 
-    /// Guest physical addresses and lengths in bytes, in order, neighbouring pages joined: what an
-    /// I/O vector is made of.
+    /// Guest physical addresses and lengths in bytes, in order, neighbouring pages of a range
+    /// joined: what an I/O vector is made of.
     #[must_use]
     pub fn segments(&self) -> Segments<'a> {
-        Segments { ranges: self.ranges.iter(), rest: Rest::default(), joined: None }
+        Segments { ranges: self.ranges.iter(), rest: Rest::default() }
     }
 
     /// Copies from byte `offset` of the data on. Returns the bytes copied: fewer than asked for at
@@ -139,12 +135,34 @@ impl<'a> ExternalData<'a> {
     }
 }
 
+/// The first segment of `ranges` that is not wholly in RAM: guest physical address and bytes.
+#[inline]
+pub(crate) fn outside(memory: &GuestMemory, ranges: GpaRanges<'_>) -> Option<(u64, u64)> {
+    for range in ranges {
+        // Most guests have one or two regions, so that lowest and highest page decide for all.
+        let (mut low, mut high) = (u64::MAX, 0);
+        for &pfn in range.pfns {
+            low = low.min(pfn);
+            high = high.max(pfn);
+        }
+        // Neither product overflows: page frame numbers are at most `MAX_PFN`.
+        let span = usize::try_from((high.wrapping_sub(low) + 1) << PAGE_SHIFT);
+        let within = span.is_ok_and(|span| memory.slice(low << PAGE_SHIFT, span).is_ok());
+        if !within {
+            let outside =
+                Rest::from(range).find(|&(gpa, len)| !memory.contains(gpa, u64::from(len)));
+            if let Some((gpa, len)) = outside {
+                return Some((gpa, u64::from(len)));
+            }
+        }
+    }
+    None
+}
+
 /// See [`ExternalData::segments`].
 pub struct Segments<'a> {
     ranges: GpaRangeIter<'a>,
     rest: Rest<'a>,
-    /// A segment that may still grow.
-    joined: Option<(u64, u32)>,
 }
 
 /// What is left of a range.
@@ -162,15 +180,25 @@ impl<'a> From<GpaRange<'a>> for Rest<'a> {
     }
 }
 
-impl Rest<'_> {
-    /// The bytes of the next page.
-    fn next_page(&mut self) -> Option<(u64, u32)> {
-        let (&pfn, pfns) = self.pfns.split_first()?;
-        let len = self.byte_count.min(PAGE_SIZE_U32 - self.byte_offset);
-        let gpa = pfn * u64::from(PAGE_SIZE_U32) + u64::from(self.byte_offset);
-        self.pfns = pfns;
-        self.byte_offset = 0;
-        self.byte_count -= len;
+impl Iterator for Rest<'_> {
+    type Item = (u64, u32);
+
+    #[inline]
+    fn next(&mut self) -> Option<(u64, u32)> {
+        let (&first, mut pfns) = self.pfns.split_first()?;
+        let gpa = first * u64::from(PAGE_SIZE_U32) + u64::from(self.byte_offset);
+        let mut len = self.byte_count.min(PAGE_SIZE_U32 - self.byte_offset);
+        let mut last = first;
+        while let Some((&next, rest)) = pfns.split_first() {
+            if next != last + 1 {
+                break;
+            }
+            // The pages of a range hold exactly its bytes: the sum stays within `byte_count`.
+            len += (self.byte_count - len).min(PAGE_SIZE_U32);
+            last = next;
+            pfns = rest;
+        }
+        *self = Self { pfns, byte_offset: 0, byte_count: self.byte_count - len };
         Some((gpa, len))
     }
 }
@@ -178,28 +206,13 @@ impl Rest<'_> {
 impl Iterator for Segments<'_> {
     type Item = (u64, u32);
 
+    #[inline]
     fn next(&mut self) -> Option<(u64, u32)> {
         loop {
-            let Some((gpa, len)) = self.rest.next_page() else {
-                match self.ranges.next() {
-                    Some(range) => self.rest = range.into(),
-                    None => return self.joined.take(),
-                }
-                continue;
-            };
-            match &mut self.joined {
-                Some((start, so_far))
-                    if start.checked_add(u64::from(*so_far)) == Some(gpa)
-                        && so_far.checked_add(len).is_some() =>
-                {
-                    *so_far += len;
-                }
-                joined => {
-                    if let Some(segment) = joined.replace((gpa, len)) {
-                        return Some(segment);
-                    }
-                }
+            if let Some(segment) = self.rest.next() {
+                return Some(segment);
             }
+            self.rest = self.ranges.next()?.into();
         }
     }
 }
@@ -232,13 +245,13 @@ mod tests {
                     GpaRange { byte_count: 0x800, byte_offset: 0, pfns: &[2] },
                     GpaRange { byte_count: 0x800, byte_offset: 0x801, pfns: &[2, 7] },
                 ],
-                vec![(0x1000, 0x1800), (0x2801, 0x7ff), (0x7000, 1)],
+                vec![(0x1000, 0x1000), (0x2000, 0x800), (0x2801, 0x7ff), (0x7000, 1)],
             ),
         ] {
             let memory = GuestMemory::memfd(64 << 10).unwrap();
             let words = words(&ranges);
             let parsed = GpaRanges::parse(&words, u32::try_from(ranges.len()).unwrap()).unwrap();
-            let data = ExternalData::new(&memory, parsed, ExternalDataFlags::empty()).unwrap();
+            let data = ExternalData::new(&memory, parsed, ExternalDataFlags::empty());
             assert_eq!(data.segments().collect::<Vec<_>>(), expected, "{ranges:?}");
         }
     }
@@ -248,7 +261,7 @@ mod tests {
         let memory = GuestMemory::memfd(64 << 10).unwrap();
         let words = words(&[GpaRange { byte_count: 0x1010, byte_offset: 0xff8, pfns: &[5, 2, 8] }]);
         let ranges = GpaRanges::parse(&words, 1).unwrap();
-        let data = ExternalData::new(&memory, ranges, ExternalDataFlags::empty()).unwrap();
+        let data = ExternalData::new(&memory, ranges, ExternalDataFlags::empty());
         let bytes: Vec<u8> = (0..0x1100).map(|n| u8::try_from(n % 251).unwrap()).collect();
         assert_eq!(data.write_at(0, &bytes).unwrap(), 0x1010);
         let mut back = vec![0; 0x1100];
@@ -265,12 +278,14 @@ mod tests {
         let memory = GuestMemory::memfd(64 << 10).unwrap();
         let words_ = words(&[GpaRange { byte_count: 16, byte_offset: 0, pfns: &[1] }]);
         let ranges = GpaRanges::parse(&words_, 1).unwrap();
-        let data = ExternalData::new(&memory, ranges, ExternalDataFlags::READ_ONLY).unwrap();
+        let data = ExternalData::new(&memory, ranges, ExternalDataFlags::READ_ONLY);
         assert_eq!(data.write_at(0, &[1]), Err(Error::ReadOnly));
 
         let words_ = words(&[GpaRange { byte_count: 0x2000, byte_offset: 0, pfns: &[15, 16] }]);
         let ranges = GpaRanges::parse(&words_, 1).unwrap();
-        let refused = ExternalData::new(&memory, ranges, ExternalDataFlags::empty()).err();
-        assert_eq!(refused, Some(Error::NotMemory { gpa: 0xf000, len: 0x2000 }));
+        assert_eq!(outside(&memory, ranges), Some((0xf000, 0x2000)));
+        let words_ = words(&[GpaRange { byte_count: 0x2001, byte_offset: 1, pfns: &[3, 16, 2] }]);
+        let ranges = GpaRanges::parse(&words_, 1).unwrap();
+        assert_eq!(outside(&memory, ranges), Some((0x10000, 0x1000)));
     }
 }

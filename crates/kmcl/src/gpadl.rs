@@ -16,7 +16,7 @@ use crate::clip::clip;
 use crate::control::Link;
 use crate::error::Error;
 use crate::events::GpadlAnswer;
-use crate::external::ExternalData;
+use crate::external::{ExternalData, outside};
 use crate::flags::{ExternalDataFlags, GpadlFlags};
 
 /// GPADLs of one channel: those created (client), or mapped (server).
@@ -47,14 +47,15 @@ impl GpadlMapping {
         let flags =
             if read_only { ExternalDataFlags::READ_ONLY } else { ExternalDataFlags::empty() };
         let mapping = Self { memory, words, range_count, flags };
-        mapping.checked()?;
-        Ok(mapping)
+        match outside(&mapping.memory, mapping.ranges()?) {
+            None => Ok(mapping),
+            Some((gpa, len)) => Err(Error::NotMemory { gpa, len }),
+        }
     }
 
-    fn checked(&self) -> Result<ExternalData<'_>, Error> {
+    fn ranges(&self) -> Result<GpaRanges<'_>, Error> {
         let bad = Error::Bus(NtStatus::INVALID_PARAMETER_3);
-        let ranges = GpaRanges::parse(&self.words, self.range_count).map_err(|_| bad)?;
-        ExternalData::new(&self.memory, ranges, self.flags)
+        GpaRanges::parse(&self.words, self.range_count).map_err(|_| bad)
     }
 
     /// The pages, to be read, written, or turned into an I/O vector.
@@ -62,7 +63,7 @@ impl GpadlMapping {
     /// # Errors
     /// None in practice: the pages were checked when they were mapped, and RAM does not go away.
     pub fn data(&self) -> Result<ExternalData<'_>, Error> {
-        self.checked()
+        Ok(ExternalData::new(&self.memory, self.ranges()?, self.flags))
     }
 }
 

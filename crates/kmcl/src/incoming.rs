@@ -1,10 +1,11 @@
 //! A packet from the peer, in the hands of the device.
 
 use crate::channel::Channel;
-use crate::error::{ChannelError, Error};
+use crate::error::Error;
 use crate::external::ExternalData;
 use crate::flags::ExternalDataFlags;
 use crate::pool::{Body, External};
+use crate::stage;
 use crate::traffic::HandedBack;
 
 /// What the thread that delivers a packet may do. KMCL's two interrupt levels, outside Windows.
@@ -23,40 +24,45 @@ pub enum Level {
 ///
 /// Source: VMBPACKETCOMPLETION.
 pub struct IncomingPacket {
-    body: Option<Box<Body>>,
-    channel: Channel,
+    /// Gone once the packet is over: only a packet that still has it is failed when dropped.
+    held: Option<Held>,
     level: Level,
+}
+
+struct Held {
+    body: Box<Body>,
+    channel: Channel,
 }
 
 impl IncomingPacket {
     pub(crate) fn new(body: Box<Body>, channel: Channel, level: Level) -> Self {
-        Self { body: Some(body), channel, level }
+        Self { held: Some(Held { body, channel }), level }
     }
 
     /// The message, without the bus's headers. Its length is a multiple of 8 (the ring keeps no
     /// other), except on a pipe, where it is exact.
     #[must_use]
     pub fn payload(&self) -> &[u8] {
-        self.body.as_ref().map_or(&[], |body| body.payload())
+        self.held.as_ref().map_or(&[], |held| held.body.payload())
     }
 
     /// The peer's id of the transaction: any 64 bits, not necessarily unique.
     #[must_use]
     pub fn transaction_id(&self) -> u64 {
-        self.body.as_ref().map_or(0, |body| body.transaction_id)
+        self.held.as_ref().map_or(0, |held| held.body.transaction_id)
     }
 
     /// Whether the peer waits for a completion.
     #[must_use]
     pub fn wants_completion(&self) -> bool {
-        self.body.as_ref().is_some_and(|body| body.wants_completion)
+        self.held.as_ref().is_some_and(|held| held.body.wants_completion)
     }
 
     /// Whether the packet refers to external data
     /// (`VMBUS_CHANNEL_PROCESS_PACKET_FLAG_EXTERNAL_DATA`).
     #[must_use]
     pub fn has_external_data(&self) -> bool {
-        self.body.as_ref().is_some_and(|body| body.external != External::None)
+        self.held.as_ref().is_some_and(|held| held.body.external != External::None)
     }
 
     /// What the thread that delivers the packet may do.
@@ -65,18 +71,12 @@ impl IncomingPacket {
         self.level
     }
 
-    /// The channel it came on.
-    #[must_use]
-    pub fn channel(&self) -> &Channel {
-        &self.channel
-    }
-
     /// The driver's own area on the packet, zeroed at delivery; its size is that of
     /// [`Channel::init_set_client_context_size`] (D-62).
     ///
     /// Source: VmbChannelPacketGetClientContext.
     pub fn client_context(&mut self) -> &mut [u8] {
-        self.body.as_mut().map_or(&mut [], |body| body.context())
+        self.held.as_mut().map_or(&mut [], |held| held.body.context())
     }
 
     /// The guest memory that belongs to the transaction. It stays valid until the packet is
@@ -88,18 +88,22 @@ impl IncomingPacket {
     /// [`Error::Pending`] while memory is brought in: call [`Self::redeliver`] then.
     ///
     /// Source: VmbChannelPacketGetExternalData.
+    #[inline]
     pub fn external_data(&self, flags: ExternalDataFlags) -> Result<ExternalData<'_>, Error> {
         let no_data = Error::Argument { position: 1, name: "PacketCompletionContext", value: 0 };
-        let body = self.body.as_ref().ok_or(no_data)?;
-        if let External::TooMuch { bytes } = body.external {
-            return Err(Error::TooMuchExternalData { bytes, limit: body.external_limit() });
+        let Held { body, channel } = self.held.as_ref().ok_or(no_data)?;
+        match body.external {
+            External::Ranges { .. } => {}
+            External::None => return Err(no_data),
+            External::TooMuch { bytes } => {
+                return Err(Error::TooMuchExternalData { bytes, limit: body.external_limit() });
+            }
+            External::NotMemory { gpa, len } => return Err(Error::NotMemory { gpa, len }),
         }
         let ranges = body.ranges().ok_or(no_data)?;
-        let data = ExternalData::new(body.memory(), ranges, flags)?;
+        let data = ExternalData::new(body.memory(), ranges, flags);
         match body.residency() {
-            Some(residency) if !data.ensure_resident(residency, &self.channel) => {
-                Err(Error::Pending)
-            }
+            Some(residency) if !data.ensure_resident(residency, channel) => Err(Error::Pending),
             _ => Ok(data),
         }
     }
@@ -111,9 +115,11 @@ impl IncomingPacket {
     /// Any thread, any order. Never waits: room in the ring was reserved before the delivery.
     ///
     /// Source: VmbChannelPacketComplete.
-    pub fn complete(mut self, payload: &[u8]) {
-        if let Some(body) = self.body.take() {
-            self.channel.complete(body, payload);
+    #[inline]
+    pub fn complete(self, payload: &[u8]) {
+        let Some((body, channel)) = self.into_parts() else { return };
+        if let Err((body, channel)) = stage::complete(body, channel, payload) {
+            channel.complete(body, payload);
         }
     }
 
@@ -142,31 +148,31 @@ impl IncomingPacket {
     }
 
     fn hand_back(mut self, at_passive: bool, after_memory: bool) {
-        if !self.channel.in_packet_callback() {
+        let Some(Held { body, channel }) = self.held.take() else { return };
+        if channel.in_packet_callback() {
+            channel.hand_back(HandedBack { body, at_passive, after_memory });
+        } else {
             debug_assert!(false, "a packet can be handed back only inside its callback");
             tracing::error!("packet handed back outside its callback: failed");
-            return self.give_up();
-        }
-        if let Some(body) = self.body.take() {
-            self.channel.hand_back(HandedBack { body, at_passive, after_memory });
+            channel.fail(body);
         }
     }
 
     fn give_up(&mut self) {
-        if let Some(body) = self.body.take() {
-            self.channel.stop(ChannelError::PacketFailed);
-            self.channel.retire(body);
+        if let Some(Held { body, channel }) = self.held.take() {
+            channel.fail(body);
         }
     }
 
-    pub(crate) fn into_body(mut self) -> Option<Box<Body>> {
-        self.body.take()
+    #[inline]
+    pub(crate) fn into_parts(mut self) -> Option<(Box<Body>, Channel)> {
+        self.held.take().map(|Held { body, channel }| (body, channel))
     }
 }
 
 impl Drop for IncomingPacket {
     fn drop(&mut self) {
-        if self.body.is_some() {
+        if self.held.is_some() {
             tracing::error!(
                 transaction_id = self.transaction_id(),
                 "incoming packet dropped without a completion: failed"

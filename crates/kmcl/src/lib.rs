@@ -53,6 +53,7 @@ mod receiver;
 mod send;
 mod setters;
 mod settings;
+mod stage;
 mod synchronous;
 mod thread_mark;
 mod traffic;

@@ -400,10 +400,10 @@ impl Drop for LoopbackClient {
             let mut state = lock(&self.world.state);
             let mut post = state.close(self.id);
             let offer = state.clients.remove(&self.id).and_then(|client| client.offer);
-            if let Some(offer) = offer.and_then(|id| state.offers.get_mut(&id)) {
-                if !offer.closing {
-                    offer.client = None;
-                }
+            if let Some(offer) = offer.and_then(|id| state.offers.get_mut(&id))
+                && !offer.closing
+            {
+                offer.client = None;
             }
             post.extend(state.bind_waiting());
             post

@@ -12,6 +12,7 @@ use vmbus_wire::packet::extension::gpa_direct;
 use vmbus_wire::ranges::GpaRanges;
 
 use crate::bus::Residency;
+use crate::external::outside;
 use crate::settings::Settings;
 
 /// Payload bytes for which each pooled packet has room from the start.
@@ -22,10 +23,12 @@ pub(crate) const INLINE_PAYLOAD: u32 = 1024;
 pub(crate) enum External {
     /// The packet has none.
     None,
-    /// Described by the first `words` words of the extension.
-    Ranges { words: usize },
+    /// Checked ranges: the first `words` words of the extension, behind its first.
+    Ranges { words: usize, range_count: u32, total_bytes: u64 },
     /// More than the channel was set up for, in bytes; not copied (D-40).
     TooMuch { bytes: u64 },
+    /// Pages that are not RAM.
+    NotMemory { gpa: u64, len: u64 },
 }
 
 /// See the module. Boxed, because it travels from pool to receiver to device and back.
@@ -38,6 +41,8 @@ pub(crate) struct Body {
     end: usize,
     payload: Vec<u8>,
     extension: Box<[u64]>,
+    /// Most bytes of a completion.
+    completion_limit: usize,
     /// Most bytes of external data.
     external_limit: u32,
     context: Box<[u8]>,
@@ -52,7 +57,9 @@ impl Body {
         memory: &GuestMemory,
         residency: Option<&Arc<dyn Residency>>,
     ) -> Self {
-        let payload = settings.maximum_packet_size.min(INLINE_PAYLOAD).next_multiple_of(8);
+        // A completion is kept in the same place.
+        let payload = settings.maximum_packet_size.max(settings.completion_size());
+        let payload = payload.min(INLINE_PAYLOAD).next_multiple_of(8);
         Self {
             transaction_id: 0,
             wants_completion: false,
@@ -61,6 +68,7 @@ impl Body {
             end: 0,
             payload: vec![0; payload as usize],
             extension: vec![0; 1 + settings.external_words()].into(),
+            completion_limit: settings.completion_size() as usize,
             external_limit: settings.external_data_size,
             context: vec![0; settings.client_context_size as usize].into(),
             memory: memory.clone(),
@@ -80,7 +88,9 @@ impl Body {
         self.external = External::None;
         self.start = 0;
         self.end = len;
-        self.context.fill(0);
+        if !self.context.is_empty() {
+            self.context.fill(0);
+        }
         if self.payload.len() < len {
             self.payload.resize(len, 0);
         }
@@ -94,23 +104,50 @@ impl Body {
 
     /// Checks the extension just copied: the description of external data. Later looks at it
     /// ([`Self::ranges`]) cannot fail any more.
+    #[inline]
     pub(crate) fn check_external(&mut self, words: usize) -> Result<(), ExtensionError> {
         let extension = self.extension.get(..words).unwrap_or_default();
-        let bytes = gpa_direct(extension)?.total_bytes();
+        let ranges = gpa_direct(extension)?;
+        let bytes = ranges.total_bytes();
         self.external = if bytes > u64::from(self.external_limit) {
             External::TooMuch { bytes }
         } else {
-            External::Ranges { words }
+            match outside(&self.memory, ranges) {
+                None => External::Ranges {
+                    words: ranges.words().len(),
+                    range_count: ranges.range_count(),
+                    total_bytes: bytes,
+                },
+                Some((gpa, len)) => External::NotMemory { gpa, len },
+            }
         };
         Ok(())
     }
 
     /// The ranges of the external data, if there are any within bounds.
     pub(crate) fn ranges(&self) -> Option<GpaRanges<'_>> {
-        let External::Ranges { words } = self.external else { return None };
-        gpa_direct(self.extension.get(..words)?).ok()
+        let External::Ranges { words, range_count, total_bytes } = self.external else {
+            return None;
+        };
+        let (_header, extension) = self.extension.split_first()?;
+        Some(GpaRanges::from_checked(extension.get(..words)?, range_count, total_bytes))
     }
 
+    /// Keeps a completion's payload where the packet's was, which is over; `false` where it does not
+    /// fit there, or is more than room in the ring was promised for.
+    #[inline]
+    pub(crate) fn keep_completion(&mut self, payload: &[u8]) -> bool {
+        if payload.len() > self.completion_limit {
+            return false;
+        }
+        let Some(room) = self.payload.get_mut(..payload.len()) else { return false };
+        room.copy_from_slice(payload);
+        self.start = 0;
+        self.end = payload.len();
+        true
+    }
+
+    #[inline]
     pub(crate) fn payload(&self) -> &[u8] {
         self.payload.get(self.start..self.end).unwrap_or_default()
     }

@@ -16,6 +16,7 @@ use crate::error::ChannelError;
 use crate::incoming::{IncomingPacket, Level};
 use crate::packet::{Packet, PacketBody};
 use crate::pool::Body;
+use crate::stage::{Running, Stage};
 use crate::traffic::{HandedBack, Starved};
 
 /// Most packets delivered before their ring space and completions are shown to the peer. Larger
@@ -35,6 +36,8 @@ pub(crate) struct Receiver {
     queue_on: bool,
     /// Handed back by its callback; first in line.
     deferred: Option<HandedBack>,
+    /// Where callbacks put completions aside; with the running batch while there is one.
+    stage: Option<Box<Stage>>,
     /// Taken from the pool for this batch.
     grant: Vec<Box<Body>>,
     /// The payload of a completion, and the extension of a packet too large for its body.
@@ -79,6 +82,7 @@ impl Receiver {
             is_pipe,
             queue_on: false,
             deferred: None,
+            stage: Some(Stage::new()),
             grant: Vec::with_capacity(BATCH as usize),
             scratch: Vec::new(),
             scratch_words: Vec::new(),
@@ -103,10 +107,10 @@ impl Receiver {
     /// Delivers up to `budget` packets.
     pub(crate) fn run(&mut self, channel: &Channel, level: Level, budget: u32) -> Turn {
         let mut turn = Turn::default();
-        if channel.take_memory_arrived() {
-            if let Some(deferred) = &mut self.deferred {
-                deferred.after_memory = false;
-            }
+        if channel.take_memory_arrived()
+            && let Some(deferred) = &mut self.deferred
+        {
+            deferred.after_memory = false;
         }
         if !self.queue_on || channel.is_stopped() {
             self.flush_queue(channel);
@@ -161,26 +165,30 @@ impl Receiver {
         }
         channel.set_batch_thread(true);
         self.end_flushed(channel);
+        let running = Running::begin(channel, self.stage.take().unwrap_or_else(Stage::new));
         let mut delivered = 0;
-        let end = self.deliver(channel, level, limit, taken, &mut delivered);
-        if delivered != 0 {
-            if let Some(process) = &self.process {
-                process.processing_complete(channel, delivered);
-            }
+        let end = self.deliver(&running, channel, level, limit, taken, &mut delivered);
+        if delivered != 0
+            && let Some(process) = &self.process
+        {
+            process.processing_complete(channel, delivered);
         }
         channel.set_batch_thread(false);
-        let (consequences, ring) = {
+        let (consequences, written, ring) = {
             let mut traffic = channel.traffic();
-            let consequences = traffic.give_back(&mut self.grant);
-            (consequences, traffic.end_batch(self.reader.publish()))
+            let (consequences, written) = running.settle(&mut traffic);
+            let consequences = consequences.and(traffic.give_back(&mut self.grant));
+            (consequences, written, traffic.end_batch(self.reader.publish()))
         };
+        self.stage = running.end();
         ring.give();
         channel.follow(consequences);
-        end
+        written.map_err(ChannelError::Outgoing).and(end)
     }
 
     fn deliver(
         &mut self,
+        running: &Running<'_>,
         channel: &Channel,
         level: Level,
         limit: u32,
@@ -204,7 +212,7 @@ impl Receiver {
                 *taken += 1;
                 *delivered += 1;
                 channel.traffic().deliver_again();
-                self.hand_over(channel, level, deferred.body)?;
+                self.hand_over(running, channel, level, deferred.body)?;
                 continue;
             }
             let Some(packet) = self.reader.peek().map_err(ChannelError::Incoming)? else {
@@ -221,7 +229,13 @@ impl Receiver {
                 PacketKind::InBand | PacketKind::GpaDirect => {
                     let Some(mut body) = self.grant.pop() else {
                         let wanted = limit - (*taken - first);
-                        let granted = channel.traffic().grant(wanted, &mut self.grant);
+                        let (consequences, written, granted) = {
+                            let mut traffic = channel.traffic();
+                            let (consequences, written) = running.settle(&mut traffic);
+                            (consequences, written, traffic.grant(wanted, &mut self.grant))
+                        };
+                        channel.follow(consequences);
+                        written.map_err(ChannelError::Outgoing)?;
                         match granted.map_err(ChannelError::Outgoing)? {
                             Ok(()) => continue,
                             Err(Starved::Packets | Starved::Room) => return Ok(End::Stopped),
@@ -235,7 +249,7 @@ impl Receiver {
                     self.reader.advance();
                     *taken += 1;
                     *delivered += 1;
-                    self.hand_over(channel, level, body)?;
+                    self.hand_over(running, channel, level, body)?;
                 }
                 kind => return Err(ChannelError::Kind(kind)),
             }
@@ -246,11 +260,12 @@ impl Receiver {
     /// Calls the device with one packet.
     fn hand_over(
         &mut self,
+        running: &Running<'_>,
         channel: &Channel,
         level: Level,
         body: Box<Body>,
     ) -> Result<(), ChannelError> {
-        let packet = IncomingPacket::new(body, channel.clone(), level);
+        let packet = IncomingPacket::new(body, running.handle(), level);
         match &self.process {
             Some(process) => process.process_packet(channel, packet),
             None => drop(packet),

@@ -18,6 +18,7 @@ use crate::flags::SendFlags;
 use crate::lifecycle::Side;
 use crate::packet::{Packet, PacketBody};
 use crate::settings::Settings;
+use crate::stage;
 use crate::traffic::{SendRefused, Sent};
 
 /// The limits that a send is checked against. A copy of the settings that takes no lock to read;
@@ -141,7 +142,14 @@ impl Channel {
         let parts = [header, message];
         let is_pipe = self.shared.bounds.is_pipe.load(Relaxed);
         let parts = if is_pipe { &parts[..] } else { parts.get(1..).unwrap_or_default() };
-        let sent = self.traffic().send(body, parts);
+        let sent = {
+            let mut traffic = self.traffic();
+            // A completion that a callback has made before this send must not be overtaken by it.
+            match stage::settle_before(self, &mut traffic) {
+                Ok(()) => traffic.send(body, parts),
+                Err(error) => Err((body, SendRefused::Ring(error))),
+            }
+        };
         sent.map_err(|(body, refused)| SendError {
             packet: Packet::new(body, self.clone()),
             error: self.explain(refused),

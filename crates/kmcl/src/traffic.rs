@@ -42,6 +42,8 @@ pub(crate) struct Traffic {
     starved: bool,
     /// Somebody waits for `outstanding` to become 0.
     draining: bool,
+    /// What follows from completions written in the middle of a batch.
+    followers: Consequences,
     /// A body that a packet callback handed back, to be delivered again.
     pub(crate) handed_back: Option<HandedBack>,
 
@@ -73,6 +75,29 @@ struct OutgoingRing {
     promised: u32,
 }
 
+impl OutgoingRing {
+    /// Writes a completion into the room promised for it.
+    #[inline]
+    fn complete(&mut self, body: &Body, payload: &[u8]) -> Result<(), RingError> {
+        let pushed = self.writer.push(&OutgoingPacket {
+            kind: PacketKind::Completion,
+            wants_completion: false,
+            transaction_id: body.transaction_id,
+            extension: &[],
+            payload: &[payload],
+        });
+        match pushed {
+            Ok(()) => Ok(()),
+            Err(PushError::Ring(error)) => Err(error),
+            // Promised room cannot be full, and the payload is within bounds.
+            Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
+                debug_assert!(false, "a completion did not fit the room promised to it");
+                Ok(())
+            }
+        }
+    }
+}
+
 /// What became of a packet that was to be sent.
 pub(crate) enum Sent {
     /// In the ring; no completion is expected, so it is done.
@@ -95,12 +120,18 @@ impl Ring {
 
 /// What a completed packet asks the caller to do once the lock is released.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[must_use]
+#[must_use = "somebody waits for it"]
 pub(crate) struct Consequences {
     /// The last outstanding packet is back, and somebody waits for that.
     pub(crate) drained: bool,
     /// The receiver can go on.
     pub(crate) restart: bool,
+}
+
+impl Consequences {
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self { drained: self.drained | other.drained, restart: self.restart | other.restart }
+    }
 }
 
 impl Traffic {
@@ -114,6 +145,7 @@ impl Traffic {
             completion_room: 0,
             starved: false,
             draining: false,
+            followers: Consequences::default(),
             handed_back: None,
             queue: VecDeque::new(),
             transactions: Transactions::default(),
@@ -195,11 +227,11 @@ impl Traffic {
 
     /// Takes bodies back that were granted and not used.
     pub(crate) fn give_back(&mut self, grant: &mut Vec<Box<Body>>) -> Consequences {
-        let mut consequences = Consequences::default();
-        for body in grant.drain(..) {
-            consequences = self.retire(body);
-        }
-        consequences
+        let starved = self.starved;
+        let consequences = self.retired(grant.len());
+        self.pool.append(grant);
+        self.starved = starved;
+        Consequences { restart: false, ..consequences }
     }
 
     /// Writes the completion of a packet into the room promised for it, and takes its body back.
@@ -211,36 +243,53 @@ impl Traffic {
         debug_assert!(payload.len() <= self.completion_size as usize, "completion too large");
         let payload = payload.get(..self.completion_size as usize).unwrap_or(payload);
         let written = match &mut self.ring {
-            Some(ring) if body.wants_completion => {
-                let pushed = ring.writer.push(&OutgoingPacket {
-                    kind: PacketKind::Completion,
-                    wants_completion: false,
-                    transaction_id: body.transaction_id,
-                    extension: &[],
-                    payload: &[payload],
-                });
-                match pushed {
-                    Ok(()) => Ok(()),
-                    Err(PushError::Ring(error)) => Err(error),
-                    // Promised room cannot be full, and the caller has clipped the payload.
-                    Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
-                        debug_assert!(false, "a completion did not fit the room promised to it");
-                        Ok(())
-                    }
-                }
-            }
+            Some(ring) if body.wants_completion => ring.complete(&body, payload),
             _ => Ok(()),
         };
         (self.retire(body), written)
     }
 
+    /// As [`Self::complete`], for all of `bodies`, with the payloads that they keep. Only the first
+    /// thing that goes wrong is told.
+    pub(crate) fn complete_all(
+        &mut self,
+        bodies: &mut Vec<Box<Body>>,
+    ) -> (Consequences, Result<(), RingError>) {
+        let mut written = Ok(());
+        if let Some(ring) = &mut self.ring {
+            for body in bodies.iter().filter(|body| body.wants_completion) {
+                if let Err(error) = ring.complete(body, body.payload()) {
+                    written = Err(error);
+                    break;
+                }
+            }
+        }
+        let consequences = self.retired(bodies.len());
+        self.pool.append(bodies);
+        (consequences, written)
+    }
+
     /// Takes back the body, and the room promised to a packet that is over.
     pub(crate) fn retire(&mut self, body: Box<Body>) -> Consequences {
-        if let Some(ring) = &mut self.ring {
-            ring.promised = ring.promised.saturating_sub(self.completion_room);
-            self.pool.push(body);
+        self.pool.push(body);
+        self.retired(1)
+    }
+
+    /// Counts `packets` as over.
+    fn retired(&mut self, packets: usize) -> Consequences {
+        if packets == 0 {
+            return Consequences::default();
         }
-        self.outstanding = self.outstanding.saturating_sub(1);
+        // A count of bodies fits: the pool has at most `Limits::PACKETS`.
+        let packets = u32::try_from(packets).unwrap_or(u32::MAX);
+        match &mut self.ring {
+            Some(ring) => {
+                let room = packets.saturating_mul(self.completion_room);
+                ring.promised = ring.promised.saturating_sub(room);
+            }
+            None => self.pool.clear(), // the channel they belonged to is gone
+        }
+        self.outstanding = self.outstanding.saturating_sub(packets);
         let drained = self.draining && self.outstanding == 0;
         if drained {
             self.draining = false;
@@ -269,6 +318,15 @@ impl Traffic {
     pub(crate) fn discard(&mut self, body: Box<Body>) {
         self.outstanding += 1;
         let _nobody_waits_for_it = self.retire(body);
+    }
+
+    /// Keeps consequences for whoever ends the batch.
+    pub(crate) fn follow_later(&mut self, consequences: Consequences) {
+        self.followers = self.followers.and(consequences);
+    }
+
+    pub(crate) fn take_followers(&mut self) -> Consequences {
+        std::mem::take(&mut self.followers)
     }
 
     /// Asks for [`Consequences::drained`] when nothing is outstanding any more; `true` if that is now.
