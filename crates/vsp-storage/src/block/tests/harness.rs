@@ -101,6 +101,15 @@ impl Rig {
         bytes
     }
 
+    /// Empties the host's page cache of the file, so that a partial write of a page has to read it.
+    pub(super) fn forget_cache(&self) {
+        if let Some(image) = &self.image {
+            let file = File::open(image).unwrap();
+            rustix::fs::fsync(&file).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+    }
+
     /// A request whose buffers are `segments`; its length is theirs unless `bytes` is given.
     pub(super) fn request(
         &self,

@@ -224,6 +224,7 @@ fn neighbouring_sectors_written_past_and_through_the_cache_both_stay() {
                     rig.request(WRITE, sector * 512, None, &[(gpa, 512)])
                 })
                 .collect();
+            rig.forget_cache();
             assert!(rig.run_all(requests).iter().all(|done| done.result == Ok(())));
             let contents = rig.contents();
             for (sector, (got, expected)) in
