@@ -6,13 +6,9 @@ use std::process::{Command, Stdio};
 use crate::run::{Failure, run, say, shown};
 use crate::workspace::Workspace;
 
-/// What the program writes about itself: its arguments, and the file that takes the answer.
-const PRODUCTS: [(&[&str], &str); 4] = [
-    (&["man"], "kmcl.1"),
-    (&["completions", "bash"], "kmcl.bash"),
-    (&["completions", "zsh"], "_kmcl"),
-    (&["completions", "fish"], "kmcl.fish"),
-];
+/// Shells with a completion script, and the script's file.
+const COMPLETIONS: [(&str, &str); 3] =
+    [("bash", "kmcl.bash"), ("fish", "kmcl.fish"), ("zsh", "_kmcl")];
 
 pub(crate) fn build(workspace: &Workspace) -> Result<(), Failure> {
     run(&mut workspace.cargo(["doc", "--workspace", "--lib", "--no-deps"]))?;
@@ -21,11 +17,12 @@ pub(crate) fn build(workspace: &Workspace) -> Result<(), Failure> {
     let folder = workspace.target_directory().join("kmcl-docs");
     std::fs::create_dir_all(&folder)
         .map_err(|source| Failure::File { path: folder.clone(), source })?;
-    for (arguments, file) in PRODUCTS {
-        keep_output(Command::new(&program).args(arguments), &folder.join(file))?;
+    run(Command::new(&program).arg("man").arg(&folder))?;
+    for (shell, file) in COMPLETIONS {
+        keep_output(Command::new(&program).args(["completions", shell]), &folder.join(file))?;
     }
     say(&format!("API: {}", workspace.target_directory().join("doc/kmcl/index.html").display()));
-    say(&format!("man page and completions: {}", folder.display()));
+    say(&format!("man pages and completions: {}", folder.display()));
     Ok(())
 }
 
