@@ -8,7 +8,7 @@ use crate::error::ContactError;
 #[test]
 fn each_version_is_asked_for_in_its_own_form() {
     const PAGE: [u8; 8] = [0x00, 0x10, 0, 0, 0, 0, 0, 0];
-    let table: [(Version, u32, [u8; 4], [u8; 8], usize); 11] = [
+    let table = [
         (Version::V0_13, 1, [0x0d, 0, 0, 0], PAGE, 40),
         (Version::V1_1, 1, [1, 0, 1, 0], PAGE, 40),
         (Version::V2_4, 1, [4, 0, 2, 0], PAGE, 40),
