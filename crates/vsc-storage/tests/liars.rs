@@ -27,6 +27,9 @@ const LUN: ScsiAddress = ScsiAddress::new(0, 0, 0);
 /// Makes an honest packet a dishonest one.
 type Lie = fn(VstorPacket) -> Vec<u8>;
 
+/// What it is called, how it is told, how it is found out.
+type Row = (&'static str, Lie, fn(&Error) -> bool);
+
 fn with_srb(packet: VstorPacket, change: impl FnOnce(&mut ScsiRequest)) -> Vec<u8> {
     let mut srb: ScsiRequest = packet.body();
     change(&mut srb);
@@ -35,7 +38,7 @@ fn with_srb(packet: VstorPacket, change: impl FnOnce(&mut ScsiRequest)) -> Vec<u
 
 #[test]
 fn a_lie_in_an_answer_is_an_error_of_that_request_alone() {
-    let lies: [(&str, Lie, fn(&Error) -> bool); 8] = [
+    let lies: [Row; 8] = [
         (
             "nothing",
             |_| Vec::new(),

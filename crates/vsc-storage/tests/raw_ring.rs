@@ -1,5 +1,4 @@
-//! A client against a server without a library: it writes into the ring whatever it likes. Client and
-//! server take turns on one thread, so that every run is the same.
+//! A client against a server that writes into the ring whatever it likes.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,118 +8,17 @@
     reason = "a test stops at the first surprise"
 )]
 
-mod server;
+mod raw;
 
-use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-
-use kmcl::bus::{Bus, BusEvent, Doorbell, Endpoint, EventSink, Offer, ServerLink};
-use kmcl::loopback::LoopbackBus;
-use kmcl::{ChannelError, NtStatus};
+use kmcl::ChannelError;
 use proptest::prelude::*;
-use server::{INSTANCE, config};
-use vmbus_ring::{OutgoingPacket, RingReader, RingWriter};
+use raw::{Asked, connected, success};
 use vmbus_wire::packet::PacketKind;
-use vsc_storage::wire::SCSI_INTERFACE;
-use vsc_storage::wire::packet::{Operation, VstorPacket};
-use vsc_storage::wire::protocol::ChannelProperties;
 use vsc_storage::wire::scsi::cdb::Command;
-use vsc_storage::wire::srb::{ScsiAddress, ScsiRequest, ScsiStatus, SrbStatus};
+use vsc_storage::wire::srb::ScsiAddress;
 use vsc_storage::{Error, Notice, Request, StorageClient};
-use zerocopy::IntoBytes;
 
 const LUN: ScsiAddress = ScsiAddress::new(0, 0, 0);
-
-/// The client drives itself here; nobody has to be woken.
-struct NoDoorbell;
-
-impl Doorbell for NoDoorbell {
-    fn ring(&self) {}
-
-    fn event_fd(&self) -> io::Result<BorrowedFd<'_>> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
-
-/// The server's ends of the rings.
-struct RawServer {
-    reader: RingReader,
-    writer: RingWriter,
-    link: Box<dyn ServerLink>,
-}
-
-/// A request as it came out of the ring.
-struct Asked {
-    id: u64,
-    packet: VstorPacket,
-}
-
-impl RawServer {
-    fn requests(&mut self) -> Vec<Asked> {
-        let mut requests = Vec::new();
-        while let Some(packet) = self.reader.peek().unwrap() {
-            let mut bytes = [0; 64];
-            packet.copy_payload(&mut bytes);
-            let (message, _) = VstorPacket::parse(&bytes).unwrap();
-            requests.push(Asked { id: packet.transaction_id, packet: message });
-            self.reader.advance();
-        }
-        let _ = self.reader.publish();
-        requests
-    }
-
-    fn put(&mut self, kind: PacketKind, transaction_id: u64, payload: &[u8]) {
-        let packet = OutgoingPacket {
-            kind,
-            wants_completion: false,
-            transaction_id,
-            extension: &[],
-            payload: &[payload],
-        };
-        self.writer.push(&packet).unwrap();
-        let _ = self.writer.publish();
-    }
-
-    fn answer(&mut self, id: u64, packet: &VstorPacket) {
-        self.put(PacketKind::Completion, id, packet.as_bytes());
-    }
-}
-
-/// A client that is ready, and its server.
-fn connected() -> (StorageClient, RawServer) {
-    let bus = LoopbackBus::new(4 << 20).unwrap();
-    let (sink, recorder) = EventSink::recorder();
-    let endpoint = Endpoint { events: sink, doorbell: Arc::new(NoDoorbell) };
-    let link = bus.offer(Offer::new(SCSI_INTERFACE, INSTANCE), endpoint).unwrap();
-    let mut client = StorageClient::open(bus, config(|config| config.ring_pages = 4)).unwrap();
-    let opened = std::iter::repeat_with(|| {
-        client.process().unwrap();
-        recorder.take()
-    })
-    .flatten()
-    .find_map(|event| match event {
-        BusEvent::Opened(rings) => Some(rings),
-        _ => None,
-    });
-    let rings = opened.unwrap();
-    let (reader, writer) = (rings.incoming, rings.outgoing);
-    let reader = RingReader::new(reader).unwrap();
-    let writer = RingWriter::new(writer).unwrap();
-    link.open_result(NtStatus::SUCCESS);
-    let mut server = RawServer { reader, writer, link };
-    while !client.is_ready() {
-        for Asked { id, packet } in server.requests() {
-            let ok = VstorPacket::answer(NtStatus::SUCCESS);
-            let mut properties: ChannelProperties = ok.body();
-            properties.max_transfer_bytes = 8192.into();
-            let is_properties = packet.operation == Operation::QUERY_PROPERTIES;
-            server.answer(id, &if is_properties { ok.with_body(&properties) } else { ok });
-        }
-        client.process().unwrap();
-    }
-    (client, server)
-}
 
 fn submit(client: &mut StorageClient, token: u64) {
     let buffer = client.allocate(4096).unwrap();
@@ -128,18 +26,12 @@ fn submit(client: &mut StorageClient, token: u64) {
     client.submit(Request::new(LUN, cdb).reading(buffer, 0, 512).with_token(token)).unwrap();
 }
 
-fn success(request: &VstorPacket) -> VstorPacket {
-    let mut srb: ScsiRequest = request.body();
-    srb.finish(SrbStatus::SUCCESS, ScsiStatus::GOOD, 512);
-    VstorPacket::answer(NtStatus::SUCCESS).with_body(&srb)
-}
-
 #[test]
 fn answers_with_wrong_ids_end_nothing_and_the_right_one_ends_its_request_once() {
     let (mut client, mut server) = connected();
     submit(&mut client, 7);
     let [asked] = server.requests().try_into().ok().unwrap();
-    let answer = success(&asked.packet);
+    let answer = success(&asked.packet, 512);
     for wrong in [0, 1, asked.id + 1, asked.id ^ 1 << 63, asked.id | 1 << 32, u64::MAX] {
         if wrong != asked.id {
             server.answer(wrong, &answer);
@@ -159,7 +51,7 @@ fn answers_with_wrong_ids_end_nothing_and_the_right_one_ends_its_request_once() 
     client.process().unwrap();
     assert!(client.next_completion().is_none());
     let [asked] = server.requests().try_into().ok().unwrap();
-    server.answer(asked.id, &success(&asked.packet));
+    server.answer(asked.id, &success(&asked.packet, 512));
     client.process().unwrap();
     assert_eq!(client.next_completion().map(|end| (end.token, end.result)), Some((8, Ok(512))));
 }
@@ -225,7 +117,7 @@ proptest! {
                 }
                 Action::Honest(at) if !asked.is_empty() => {
                     let asked = asked.swap_remove(at % asked.len());
-                    server.answer(asked.id, &success(&asked.packet));
+                    server.answer(asked.id, &success(&asked.packet, 512));
                 }
                 Action::Answer(..) | Action::Honest(_) => {}
                 Action::Packet(kind, id, bytes) => {
