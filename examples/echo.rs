@@ -1,6 +1,6 @@
 //! An echo device and its driver in one process: the smallest whole use of the library.
 //!
-//! `cargo run -p kmcl --example echo`
+//! `cargo run -p kmcl-examples --example echo`
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
