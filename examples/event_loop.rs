@@ -16,7 +16,6 @@ use polling::{Event, Events, PollMode, Poller};
 
 const TYPE: Guid = Guid::from_u128(0x0f2b_3c4d_1111_4a5b_8c6d_7e8f_9a0b_1c2d);
 const PACKETS: usize = 500;
-
 /// Wakes the loop when a channel wants to be processed for another reason than its doorbell.
 struct Notify(Arc<Poller>);
 
@@ -41,8 +40,7 @@ impl PacketCompletion for Peer {
         packet.set_pointer(sent);
         packet.channel().set_pointer(sent); // the loop looks at it
         if status.is_success() && sent < PACKETS {
-            let again = packet.send(&[1; 16], None, SendFlags::WAIT_FOR_COMPLETION);
-            again.unwrap_or_else(|refused| eprintln!("{refused}"));
+            let _refused = packet.send(&[1; 16], None, SendFlags::WAIT_FOR_COMPLETION);
         }
     }
 }
@@ -57,7 +55,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     server.server_init_set_target_interface_id(TYPE, TYPE)?;
     let client = Channel::allocate(Side::Client, bus);
     client.client_init_set_target_pnp(TYPE, None, None)?;
-
     let poller = Arc::new(Poller::new()?);
     for (key, channel) in [&server, &client].into_iter().enumerate() {
         channel.init_set_process_packet_callbacks(Arc::new(Peer))?;
