@@ -377,11 +377,11 @@ impl Channel {
 
     fn flush_outgoing(&self) {
         let mut done = Vec::new();
-        let flushed = self.traffic().flush(&mut done);
-        if let Err(error) = flushed {
-            self.stop(crate::ChannelError::Outgoing(error));
+        let flushed = self.traffic().flush_now(&mut done);
+        match flushed {
+            Ok(ring) => ring.give(),
+            Err(error) => self.stop(crate::ChannelError::Outgoing(error)),
         }
-        self.publish();
         for packet in done {
             Packet::end(packet, self, NtStatus::SUCCESS, &[]);
         }

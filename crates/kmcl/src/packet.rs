@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use vmbus_ring::packet_ring_bytes;
 use vmbus_wire::packet::{GpaDirectHeader, PacketKind};
 use vmbus_wire::ranges::GpaRange;
 use vmbus_wire::status::NtStatus;
@@ -77,8 +78,10 @@ impl PacketBody {
         &self.message
     }
 
-    pub(crate) fn message_len(&self) -> u32 {
-        u32::try_from(self.message.len()).unwrap_or(u32::MAX)
+    /// Bytes of ring that the packet needs with the message it keeps.
+    pub(crate) fn ring_bytes(&self) -> u32 {
+        let message = u32::try_from(self.message.len()).unwrap_or(u32::MAX);
+        packet_ring_bytes(self.extension_len(), message)
     }
 
     /// Describes external data the way the ring wants it: a count, then each range's words.

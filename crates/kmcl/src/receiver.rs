@@ -176,9 +176,12 @@ impl Receiver {
         channel.set_batch_thread(false);
         let (consequences, written, ring) = {
             let mut traffic = channel.traffic();
-            let (consequences, written) = running.settle(&mut traffic);
-            let consequences = consequences.and(traffic.give_back(&mut self.grant));
-            (consequences, written, traffic.end_batch(self.reader.publish()))
+            let (mut consequences, written) = running.settle(&mut traffic);
+            consequences = consequences.and(traffic.give_back(&mut self.grant));
+            let ring = traffic.end_batch(self.reader.publish());
+            let room = traffic.await_room();
+            consequences.restart |= room == Ok(true);
+            (consequences, written.and(room), ring)
         };
         self.stage = running.end();
         ring.give();
@@ -290,12 +293,15 @@ impl Receiver {
 
     /// Sends what waits, while no packet is delivered.
     fn flush_queue(&mut self, channel: &Channel) {
-        let flushed = channel.traffic().flush(&mut self.done);
+        let flushed = channel.traffic().flush_now(&mut self.done);
         match flushed {
-            Ok(()) => channel.publish(),
+            Ok(ring) => ring.give(),
             Err(error) => channel.stop(ChannelError::Outgoing(error)),
         }
+        // A completion routine that calls the channel must not wait for this very turn.
+        channel.set_batch_thread(true);
         self.end_flushed(channel);
+        channel.set_batch_thread(false);
     }
 
     fn end_flushed(&mut self, channel: &Channel) {

@@ -202,8 +202,10 @@ impl Channel {
     }
 
     fn end_if_done(&self, sent: Result<Sent, SendError>) -> Result<(), SendError> {
-        if let Sent::Done(body) = sent? {
-            Packet::end(body, self, NtStatus::SUCCESS, &[]);
+        match sent? {
+            Sent::Done(body) => Packet::end(body, self, NtStatus::SUCCESS, &[]),
+            Sent::Kept => {}
+            Sent::Blocked => self.kick(),
         }
         Ok(())
     }

@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use vmbus_ring::{OutgoingPacket, PushError, RingError, RingWriter, packet_ring_bytes};
-use vmbus_wire::packet::PacketKind;
+use vmbus_wire::packet::{MAX_PACKET_BYTES, PacketKind, TRAILER_SIZE};
+use vmbus_wire::ring::RESERVED_BYTES;
 
 use crate::bus::Signal;
 use crate::packet::PacketBody;
@@ -38,8 +39,11 @@ pub(crate) struct Traffic {
     completion_size: u32,
     /// Ring bytes that each outstanding packet may claim for its completion.
     completion_room: u32,
-    /// The receiver stopped for lack of a body; the next completion has to wake it.
+    /// The receiver or the queue stopped for lack of a body or of room; the next completion has to
+    /// wake the receiver.
     starved: bool,
+    /// What the receiver lacks is room that the peer has to make.
+    wants_room: bool,
     /// Somebody waits for `outstanding` to become 0.
     draining: bool,
     /// What follows from completions written in the middle of a batch.
@@ -73,9 +77,25 @@ struct OutgoingRing {
     signal: Arc<dyn Signal>,
     /// Ring bytes promised to completions of outstanding packets.
     promised: u32,
+    /// The peer was asked for a signal when there is room.
+    asked: bool,
 }
 
 impl OutgoingRing {
+    /// Bytes that an empty ring has.
+    fn most(&self) -> u32 {
+        self.writer.data_len() - RESERVED_BYTES
+    }
+
+    /// Whether a packet of `needed` bytes fits beside what is promised.
+    fn has_room(&mut self, needed: u32) -> Result<bool, RingError> {
+        let wanted = self.promised.saturating_add(needed);
+        if self.writer.free_cached() >= wanted {
+            return Ok(true);
+        }
+        Ok(self.writer.free()? >= wanted)
+    }
+
     /// Writes a completion into the room promised for it.
     #[inline]
     fn complete(&mut self, body: &Body, payload: &[u8]) -> Result<(), RingError> {
@@ -102,8 +122,10 @@ impl OutgoingRing {
 pub(crate) enum Sent {
     /// In the ring; no completion is expected, so it is done.
     Done(Box<PacketBody>),
-    /// In flight, or queued.
+    /// In flight, or behind others in the queue.
     Kept,
+    /// First in the queue: the receiver has to ask the peer for room.
+    Blocked,
 }
 
 /// The signal to give once the lock is released, if any.
@@ -144,6 +166,7 @@ impl Traffic {
             completion_size: 0,
             completion_room: 0,
             starved: false,
+            wants_room: false,
             draining: false,
             followers: Consequences::default(),
             handed_back: None,
@@ -164,10 +187,11 @@ impl Traffic {
         pool: Vec<Box<Body>>,
         completion_size: u32,
     ) {
-        self.ring = Some(OutgoingRing { writer, signal, promised: 0 });
+        self.ring = Some(OutgoingRing { writer, signal, promised: 0, asked: false });
         self.pool = pool;
         self.outstanding = 0;
         self.starved = false;
+        self.wants_room = false;
         self.completion_size = completion_size;
         self.completion_room = packet_ring_bytes(0, completion_size);
     }
@@ -206,22 +230,28 @@ impl Traffic {
         if u64::from(free) < room_wanted {
             free = ring.writer.free()?;
         }
-        let fits = free.saturating_sub(ring.promised) / self.completion_room.max(1);
-        let packets = packets.min(fits);
+        // Promises must not grow so far that the oldest queued packet would not fit an empty ring:
+        // a busy device would keep it waiting for ever. One packet may always be outstanding.
+        let spare = match self.queue.front() {
+            Some(packet) if ring.promised != 0 => ring.most().saturating_sub(packet.ring_bytes()),
+            _ => ring.most(),
+        };
+        let room = self.completion_room.max(1);
+        let packets = packets.min(spare.saturating_sub(ring.promised) / room);
         if packets == 0 {
-            let one_more = ring.promised.saturating_add(self.completion_room);
-            if !ring.writer.request_space(one_more)? {
-                self.starved = true;
-                return Ok(Err(Starved::Room));
-            }
-            ring.writer.clear_space_request();
-            return self.grant(1, grant);
+            self.starved = true;
+            return Ok(Err(Starved::Packets));
+        }
+        let packets = packets.min(free.saturating_sub(ring.promised) / room);
+        if packets == 0 {
+            self.starved = true;
+            self.wants_room = true;
+            return Ok(Err(Starved::Room));
         }
         ring.promised += packets * self.completion_room;
         self.outstanding += packets;
         let keep = self.pool.len().saturating_sub(packets as usize);
         grant.extend(self.pool.drain(keep..));
-        self.starved = false;
         Ok(Ok(()))
     }
 
@@ -372,19 +402,10 @@ impl Traffic {
         self.free_packets = Vec::new();
     }
 
-    /// Ring bytes that a send may use now: what is free and not promised.
-    fn sendable(ring: &mut OutgoingRing, needed: u32) -> Result<bool, RingError> {
-        let wanted = ring.promised.saturating_add(needed);
-        if ring.writer.free_cached() >= wanted {
-            return Ok(true);
-        }
-        Ok(ring.writer.free()? >= wanted)
-    }
-
     /// Whether a packet of `needed` ring bytes would go into the ring at once.
     pub(crate) fn has_room(&mut self, needed: u32) -> Result<bool, RingError> {
         match &mut self.ring {
-            Some(ring) if self.transmit && self.queue.is_empty() => Self::sendable(ring, needed),
+            Some(ring) if self.transmit && self.queue.is_empty() => ring.has_room(needed),
             _ => Ok(false),
         }
     }
@@ -399,41 +420,43 @@ impl Traffic {
             return Err((packet, SendRefused::TooManyTransactions));
         }
         let needed = packet_ring_bytes(packet.extension_len(), message_len(message));
-        match self.has_room(needed) {
-            Err(error) => return Err((packet, SendRefused::Ring(error))),
+        let refused = match self.has_room(needed) {
+            _ if needed > MAX_PACKET_BYTES + TRAILER_SIZE => SendRefused::TooLarge,
             Ok(false) => {
                 packet.keep(message);
                 self.queue.push_back(packet);
-                return Ok(Sent::Kept);
+                let first = self.transmit && self.queue.len() == 1;
+                return Ok(if first { Sent::Blocked } else { Sent::Kept });
             }
-            Ok(true) => {}
-        }
-        let Some(ring) = &mut self.ring else { return Err((packet, SendRefused::TooLarge)) };
+            Ok(true) => match self.write(&packet, message) {
+                Ok(()) => return Ok(self.transactions.begin(packet)),
+                Err(refused) => refused,
+            },
+            Err(error) => SendRefused::Ring(error),
+        };
+        self.transactions.unreserve(packet.transaction);
+        Err((packet, refused))
+    }
+
+    fn write(&mut self, packet: &PacketBody, message: &[&[u8]]) -> Result<(), SendRefused> {
+        let ring = self.ring.as_mut().ok_or(SendRefused::TooLarge)?;
         let transaction_id = self.transactions.next_id(packet.transaction);
-        match write(&mut ring.writer, &packet, transaction_id, message) {
-            Ok(()) => Ok(self.transactions.begin(packet)),
-            Err(PushError::Ring(error)) => Err((packet, SendRefused::Ring(error))),
-            Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
-                Err((packet, SendRefused::TooLarge))
-            }
+        match write(&mut ring.writer, packet, transaction_id, message) {
+            Ok(()) => Ok(()),
+            Err(PushError::Ring(error)) => Err(SendRefused::Ring(error)),
+            Err(PushError::Full { .. } | PushError::TooLarge { .. }) => Err(SendRefused::TooLarge),
         }
     }
 
     /// Moves queued packets into the ring while there is room; gives each that is done at once to
-    /// `done`. Asks the peer for a signal where room is lacking.
+    /// `done`. [`Self::await_room`] says what becomes of the rest.
     pub(crate) fn flush(&mut self, done: &mut Vec<Box<PacketBody>>) -> Result<(), RingError> {
         if self.queue.is_empty() || !self.transmit {
             return Ok(());
         }
         let Some(ring) = &mut self.ring else { return Ok(()) };
-        let mut asked = false;
         while let Some(packet) = self.queue.front() {
-            let needed = packet_ring_bytes(packet.extension_len(), packet.message_len());
-            if !Self::sendable(ring, needed)? {
-                if ring.writer.request_space(ring.promised.saturating_add(needed))? {
-                    continue; // the peer made room meanwhile
-                }
-                asked = true;
+            if !ring.has_room(packet.ring_bytes())? {
                 break;
             }
             let Some(packet) = self.queue.pop_front() else { break };
@@ -449,17 +472,53 @@ impl Traffic {
                     return Err(error);
                 }
                 Err(PushError::Full { .. } | PushError::TooLarge { .. }) => {
-                    // A packet larger than the ring can never be sent: sizes were checked against
-                    // the channel's limits, but the ring is the client's choice.
-                    tracing::error!(needed, "a queued packet is larger than the outgoing ring");
+                    // There was room, and a send of more than a packet can be was refused.
+                    debug_assert!(false, "a queued packet does not fit the outgoing ring");
+                    self.transactions.unreserve(packet.transaction);
                     done.push(packet);
                 }
             }
         }
-        if !asked {
-            ring.writer.clear_space_request();
-        }
         Ok(())
+    }
+
+    /// Where the queue or the receiver lacks room, asks the peer for a signal once there is enough
+    /// for one of them. `true`: there is already. Everything written must have been published: what
+    /// is not will not be read. Asked for by the receiver only, since a ring holds one request.
+    pub(crate) fn await_room(&mut self) -> Result<bool, RingError> {
+        let Some(ring) = &mut self.ring else { return Ok(false) };
+        let queued = self.queue.front().filter(|_| self.transmit).map(|head| head.ring_bytes());
+        let completion = std::mem::take(&mut self.wants_room).then_some(self.completion_room);
+        let needed = queued.into_iter().chain(completion).min();
+        let wanted = needed.map(|needed| ring.promised.saturating_add(needed));
+        match wanted {
+            Some(wanted) if wanted <= ring.most() => {
+                ring.asked = true;
+                ring.writer.request_space(wanted)
+            }
+            wanted => {
+                // No reading of the peer's makes this room: completions have to be sent first.
+                self.starved |= wanted.is_some();
+                if std::mem::take(&mut ring.asked) {
+                    ring.writer.clear_space_request();
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    /// All of [`Self::flush`], publishing and [`Self::await_room`], outside a batch.
+    pub(crate) fn flush_now(&mut self, done: &mut Vec<Box<PacketBody>>) -> Result<Ring, RingError> {
+        let mut ring = Ring(None);
+        loop {
+            self.flush(done)?;
+            if let Ring(Some(signal)) = self.publish_now(false) {
+                ring = Ring(Some(signal));
+            }
+            if !self.await_room()? {
+                return Ok(ring);
+            }
+        }
     }
 
     /// The packet whose transaction the peer completes, or `None` for an id that we did not choose.
@@ -526,7 +585,7 @@ impl Traffic {
 pub(crate) enum SendRefused {
     /// [`Limits::PACKETS`] transactions are in flight.
     TooManyTransactions,
-    /// The packet is larger than the ring.
+    /// Message and external data together are more than a packet can be.
     TooLarge,
     /// The peer's index is impossible.
     Ring(RingError),
