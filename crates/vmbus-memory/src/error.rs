@@ -86,6 +86,13 @@ pub enum MemoryError {
         /// Guest physical address.
         gpa: u64,
     },
+    /// The file behind a region is made of huge pages: with none left, touching it would end in
+    /// SIGBUS, whatever the seals.
+    #[error("the file behind region {gpa:#x} is made of huge pages")]
+    HugePages {
+        /// Guest physical address.
+        gpa: u64,
+    },
     /// The file behind a region ends before the region does.
     #[error("region {gpa:#x} needs {needed:#x} bytes of a file that has {size:#x}")]
     FileTooShort {

@@ -1,89 +1,15 @@
 //! The guest physical address space.
-#![allow(unsafe_code, reason = "makes slices of mapped regions")]
 
 use core::fmt;
-use core::ptr::NonNull;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vmbus_wire::PAGE_SIZE;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::MemoryError;
-use crate::mapping::Mapping;
 use crate::ram::GuestRam;
+use crate::region::{FdRegion, RamRegion, check_count, check_placement, check_total};
 use crate::slice::{SharedSlice, WriteLog};
-
-/// Most regions one guest's memory may have. KVM on x86 has about as many slots.
-pub const MAX_REGIONS: usize = 512;
-
-/// Most bytes one guest's memory may have: 16 TiB, an eighth of a process's address space.
-pub const MAX_MEMORY_BYTES: u64 = 1 << 44;
-
-const PAGE: u64 = PAGE_SIZE as u64;
-
-/// A piece of a file that becomes RAM. Offsets and lengths are bytes, whole pages.
-#[derive(Debug)]
-pub struct FdRegion {
-    /// A memfd sealed with `F_SEAL_SHRINK`.
-    pub fd: OwnedFd,
-    /// Where in the file the region starts.
-    pub fd_offset: u64,
-    /// Guest physical address.
-    pub gpa: u64,
-    /// Length.
-    pub len: u64,
-}
-
-/// One region of RAM.
-pub struct RamRegion {
-    gpa: u64,
-    len: u64,
-    base: NonNull<u8>,
-    backing: Option<(OwnedFd, u64)>,
-}
-
-// SAFETY: `base` is only ever turned into a `SharedSlice`, which may be used from any thread.
-unsafe impl Send for RamRegion {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for RamRegion {}
-
-impl RamRegion {
-    /// Guest physical address of the first byte, page aligned.
-    #[must_use]
-    pub fn gpa(&self) -> u64 {
-        self.gpa
-    }
-
-    /// Length in bytes, whole pages, never 0.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Never: a region has at least one page.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-
-    /// The file behind the region and the region's byte offset in it, if it has one.
-    #[must_use]
-    pub fn backing(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.backing.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
-    }
-
-    fn end(&self) -> u64 {
-        self.gpa.saturating_add(self.len)
-    }
-}
-
-impl fmt::Debug for RamRegion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}+{:#x}", self.gpa, self.len)
-    }
-}
 
 /// The guest physical address space: regions of RAM. A clone is another handle to the same memory.
 #[derive(Clone)]
@@ -95,9 +21,6 @@ struct Inner {
     total_bytes: u64,
     /// Whom to tell about writes.
     log: Option<RamLog>,
-    /// Keep the regions mapped: our own mappings, or their owner.
-    _mappings: Vec<Mapping>,
-    _ram: Option<Arc<dyn GuestRam>>,
 }
 
 struct RamLog(Arc<dyn GuestRam>);
@@ -122,7 +45,7 @@ impl GuestMemory {
     /// A size that is no whole number of pages, 0 or over [`MAX_MEMORY_BYTES`]; a refusal by the
     /// system.
     pub fn memfd(bytes: u64) -> Result<Self, MemoryError> {
-        check_region(0, bytes, 0)?;
+        check_placement(0, bytes, 0)?;
         check_total(bytes)?;
         let fd = rustix::fs::memfd_create(
             "vmbus-memory",
@@ -141,27 +64,19 @@ impl GuestMemory {
     ///
     /// # Errors
     /// Everything about `regions` is the peer's word and is checked: their number
-    /// ([`MAX_REGIONS`]), alignment, ends, overlaps, sum ([`MAX_MEMORY_BYTES`]), the seal and the
-    /// size of each file. Nothing stays mapped or open after an error.
+    /// ([`MAX_REGIONS`]), alignment, ends, overlaps, sum ([`MAX_MEMORY_BYTES`]), the seal, the size
+    /// and the kind of each file. Nothing stays mapped or open after an error.
     pub fn from_fds(regions: Vec<FdRegion>) -> Result<Self, MemoryError> {
         check_count(regions.len())?;
         let mut total = 0u64;
         for FdRegion { fd_offset, gpa, len, .. } in &regions {
-            check_region(*gpa, *len, *fd_offset)?;
+            check_placement(*gpa, *len, *fd_offset)?;
             total = total.saturating_add(*len);
         }
         check_total(total)?;
 
-        let mut mappings = Vec::with_capacity(regions.len());
-        let mut mapped = Vec::with_capacity(regions.len());
-        for FdRegion { fd, fd_offset, gpa, len } in regions {
-            check_file(&fd, fd_offset, gpa, len)?;
-            let mapping = Mapping::file(fd.as_fd(), fd_offset, host_len(gpa, len)?)?;
-            let base = mapping.base();
-            mappings.push(mapping);
-            mapped.push(RamRegion { gpa, len, base, backing: Some((fd, fd_offset)) });
-        }
-        Self::assemble(mapped, mappings, None)
+        let mapped = regions.into_iter().map(RamRegion::map).collect::<Result<_, _>>()?;
+        Self::assemble(mapped, None)
     }
 
     /// Uses memory that somebody else owns and has mapped, such as a VMM's.
@@ -172,55 +87,26 @@ impl GuestMemory {
     pub fn from_ram(ram: Arc<dyn GuestRam>) -> Result<Self, MemoryError> {
         let told = ram.regions();
         check_count(told.len())?;
-        let mut regions = Vec::with_capacity(told.len());
-        for region in &told {
-            let fd_offset = region.backing.map_or(0, |(_, offset)| offset);
-            check_region(region.gpa, region.len, fd_offset)?;
-            if region.base.as_ptr().addr() % PAGE_SIZE != 0 {
-                let (gpa, len) = (region.gpa, region.len);
-                return Err(MemoryError::RegionUnaligned { gpa, len, fd_offset });
-            }
-            let backing = match region.backing {
-                None => None,
-                Some((fd, offset)) => {
-                    let fd = fd.try_clone_to_owned().map_err(|error| MemoryError::System {
-                        call: "fcntl(F_DUPFD_CLOEXEC)",
-                        errno: rustix::io::Errno::from_io_error(&error)
-                            .unwrap_or(rustix::io::Errno::IO),
-                    })?;
-                    Some((fd, offset))
-                }
-            };
-            regions.push(RamRegion {
-                gpa: region.gpa,
-                len: region.len,
-                base: region.base,
-                backing,
-            });
-        }
+        let adopted = told.iter().map(|region| RamRegion::adopt(region, &ram));
+        let regions = adopted.collect::<Result<_, _>>()?;
         drop(told);
-        Self::assemble(regions, Vec::new(), Some(ram))
+        let log = ram.tracks_writes().then_some(RamLog(ram));
+        Self::assemble(regions, log)
     }
 
-    fn assemble(
-        mut regions: Vec<RamRegion>,
-        mappings: Vec<Mapping>,
-        ram: Option<Arc<dyn GuestRam>>,
-    ) -> Result<Self, MemoryError> {
+    fn assemble(mut regions: Vec<RamRegion>, log: Option<RamLog>) -> Result<Self, MemoryError> {
         regions.sort_by_key(RamRegion::gpa);
         for pair in regions.windows(2) {
             if let [low, high] = pair
-                && low.end() > high.gpa
+                && low.end() > high.gpa()
             {
-                let (gpa, len) = (high.gpa, high.len);
-                return Err(MemoryError::RegionOverlap { gpa, len, other_gpa: low.gpa });
+                let (gpa, len) = (high.gpa(), high.len());
+                return Err(MemoryError::RegionOverlap { gpa, len, other_gpa: low.gpa() });
             }
         }
-        let total_bytes = regions.iter().fold(0u64, |sum, region| sum.saturating_add(region.len));
+        let total_bytes = regions.iter().fold(0u64, |sum, region| sum.saturating_add(region.len()));
         check_total(total_bytes)?;
-        let log = ram.as_ref().filter(|ram| ram.tracks_writes()).map(|ram| RamLog(Arc::clone(ram)));
-        let regions = regions.into_boxed_slice();
-        Ok(Self(Arc::new(Inner { regions, total_bytes, log, _mappings: mappings, _ram: ram })))
+        Ok(Self(Arc::new(Inner { regions: regions.into_boxed_slice(), total_bytes, log })))
     }
 
     /// The regions, by ascending address.
@@ -247,12 +133,10 @@ impl GuestMemory {
     /// [`MemoryError::NotRam`], [`MemoryError::CrossesRegions`].
     #[inline]
     pub fn slice(&self, gpa: u64, len: usize) -> Result<SharedSlice<'_>, MemoryError> {
-        match self.region_at(gpa) {
-            Some(region) if len as u64 <= region.len - (gpa - region.gpa) => {
-                Ok(self.slice_of(region, gpa - region.gpa, len))
-            }
-            _ => Err(self.no_slice(gpa, len as u64)),
-        }
+        let region = self.region_at(gpa);
+        region
+            .and_then(|region| region.slice(gpa, len as u64, self.log()))
+            .ok_or_else(|| self.no_slice(gpa, len as u64))
     }
 
     /// Copies the bytes from `gpa` on into `into`, as many as it has.
@@ -339,22 +223,13 @@ impl GuestMemory {
     pub(crate) fn region_at(&self, gpa: u64) -> Option<&RamRegion> {
         let regions = &self.0.regions;
         // Most guests have one or two regions: the search then is one or two comparisons.
-        let above = regions.partition_point(|region| region.gpa <= gpa);
-        let region = regions.get(above.checked_sub(1)?)?;
-        (gpa - region.gpa < region.len).then_some(region)
+        let above = regions.partition_point(|region| region.gpa() <= gpa);
+        regions.get(above.checked_sub(1)?).filter(|region| gpa < region.end())
     }
 
     #[inline]
-    fn slice_of<'a>(&'a self, region: &RamRegion, offset: u64, len: usize) -> SharedSlice<'a> {
-        debug_assert!(offset + len as u64 <= region.len);
-        let log = self.0.log.as_ref().map(|log| (log as &dyn WriteLog, region.gpa + offset));
-        // A region is mapped, so its length and every offset in it fit `usize`.
-        #[allow(clippy::cast_possible_truncation, reason = "offsets within a mapping fit")]
-        // SAFETY: the callers have checked `offset + len <= region.len`; the region stays mapped
-        // while `self` is borrowed (M1) and nobody has references into it (M2).
-        unsafe {
-            SharedSlice::new(region.base.add(offset as usize), len, log)
-        }
+    fn log(&self) -> Option<&dyn WriteLog> {
+        self.0.log.as_ref().map(|log| log as &dyn WriteLog)
     }
 
     #[cold]
@@ -374,72 +249,23 @@ impl GuestMemory {
     ) -> Result<impl Iterator<Item = SharedSlice<'_>>, MemoryError> {
         let error = MemoryError::NotRam { gpa, len };
         let end = gpa.checked_add(len).ok_or(error)?;
-        let regions = &self.0.regions;
-        let above = regions.partition_point(|region| region.gpa <= gpa);
+        let above = self.0.regions.partition_point(|region| region.gpa() <= gpa);
         let first = above.checked_sub(1).ok_or(error)?;
-        let touched = regions.get(first..).unwrap_or_default();
+        let regions = self.0.regions.get(first..).unwrap_or_default();
         let mut reached = gpa;
-        for region in touched {
-            if reached >= end || region.gpa > reached {
+        for region in regions {
+            if reached >= end || reached < region.gpa() || reached >= region.end() {
                 break;
             }
-            reached = reached.max(region.end());
+            reached = region.end();
         }
-        let start_inside = touched.first().is_some_and(|region| gpa < region.end());
-        if !start_inside || reached < end {
+        if reached < end || (len == 0 && self.region_at(gpa).is_none()) {
             return Err(error);
         }
-        Ok(touched.iter().take_while(move |region| region.gpa < end).map(move |region| {
-            let start = gpa.max(region.gpa);
-            #[allow(clippy::cast_possible_truncation, reason = "lengths within a mapping fit")]
-            let len = (end.min(region.end()) - start) as usize;
-            self.slice_of(region, start - region.gpa, len)
+        let touched = regions.iter().take_while(move |region| region.gpa() < end);
+        Ok(touched.filter_map(move |region| {
+            let start = gpa.max(region.gpa());
+            region.slice(start, end.min(region.end()) - start, self.log())
         }))
     }
-}
-
-fn check_count(count: usize) -> Result<(), MemoryError> {
-    if count == 0 || count > MAX_REGIONS {
-        return Err(MemoryError::RegionCount { count, max: MAX_REGIONS });
-    }
-    Ok(())
-}
-
-fn check_region(gpa: u64, len: u64, fd_offset: u64) -> Result<(), MemoryError> {
-    if len == 0 || [gpa, len, fd_offset].iter().any(|value| value % PAGE != 0) {
-        return Err(MemoryError::RegionUnaligned { gpa, len, fd_offset });
-    }
-    let signed_end = fd_offset.checked_add(len).filter(|end| i64::try_from(*end).is_ok());
-    if gpa.checked_add(len).is_none() || signed_end.is_none() {
-        return Err(MemoryError::RegionOverflow { gpa, len, fd_offset });
-    }
-    Ok(())
-}
-
-fn check_total(bytes: u64) -> Result<(), MemoryError> {
-    if bytes > MAX_MEMORY_BYTES {
-        return Err(MemoryError::TooMuchMemory { bytes, max: MAX_MEMORY_BYTES });
-    }
-    Ok(())
-}
-
-/// That `fd` has the region's bytes and will keep them.
-fn check_file(fd: &OwnedFd, fd_offset: u64, gpa: u64, len: u64) -> Result<(), MemoryError> {
-    // A file that cannot be sealed answers EINVAL.
-    let seals = rustix::fs::fcntl_get_seals(fd).map_err(|_| MemoryError::NotSealed { gpa })?;
-    if !seals.contains(SealFlags::SHRINK) {
-        return Err(MemoryError::NotSealed { gpa });
-    }
-    // Only after the seal: what cannot shrink any more is still as long when it is mapped.
-    let stat = rustix::fs::fstat(fd).map_err(MemoryError::system("fstat"))?;
-    let size = u64::try_from(stat.st_size).unwrap_or(0);
-    let needed = fd_offset.saturating_add(len);
-    if size < needed {
-        return Err(MemoryError::FileTooShort { gpa, needed, size });
-    }
-    Ok(())
-}
-
-fn host_len(gpa: u64, len: u64) -> Result<usize, MemoryError> {
-    usize::try_from(len).map_err(|_| MemoryError::RegionOverflow { gpa, len, fd_offset: 0 })
 }

@@ -18,15 +18,16 @@
 //! Safety comments in this crate cite these by number.
 //!
 //! - **M1** (mapped): every byte of a region stays mapped, readable and writable, at one address,
-//!   while any clone of its `GuestMemory` lives. No memory object behind a mapping can shrink, so
-//!   no access ends in SIGBUS.
+//!   while any clone of its `GuestMemory` lives. No file behind a mapping can shrink.
 //! - **M2** (no references): no `&[u8]`, `&mut [u8]` or other reference to a non-atomic type ever
 //!   points into a region. This process reaches the bytes through the functions of the `copy`
 //!   module and through atomics.
 //! - **M3** (aligned): regions start and end on page boundaries, in guest addresses and in ours.
 //!
-//! The pages of a memfd that nobody wrote yet are allocated at first touch. A host that has run out
-//! of memory then meets its out-of-memory killer: that, unlike a truncation, is not a peer's doing.
+//! What remains of SIGBUS: the pages of a memfd are allocated at first touch. Where the system
+//! refuses to promise more memory than it has (`vm.overcommit_memory=2`) and has run out, that touch
+//! ends in SIGBUS; elsewhere it ends with the out-of-memory killer. No seal prevents either, so a
+//! host that must survive them gives its guests memory that it has allocated itself.
 
 mod copy;
 mod error;
@@ -34,14 +35,16 @@ mod guest;
 mod mapping;
 mod pages;
 mod ram;
+mod region;
 mod ring;
 mod slice;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 
 pub use error::MemoryError;
-pub use guest::{FdRegion, GuestMemory, MAX_MEMORY_BYTES, MAX_REGIONS, RamRegion};
+pub use guest::GuestMemory;
 pub use pages::{MAX_RUNS, PageAllocator, PageRun};
 pub use ram::{GuestRam, HostRegion};
+pub use region::{FdRegion, MAX_MEMORY_BYTES, MAX_REGIONS, RamRegion};
 pub use ring::{DEFAULT_MAPPINGS, MAX_RING_PAGES, MappingBudget, RingPages};
 pub use slice::{SharedSlice, SharedView};

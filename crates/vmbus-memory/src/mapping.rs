@@ -33,7 +33,7 @@ impl Mapping {
                 ptr::null_mut(),
                 len,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
+                MapFlags::SHARED,
                 fd,
                 offset,
             )
@@ -62,18 +62,11 @@ impl Mapping {
         Ok(Self { base, len })
     }
 
-    /// Maps `len` bytes of `fd` from `offset` on over our bytes from `at` on. `None` if they are not
-    /// ours.
-    pub(crate) fn place(
-        &mut self,
-        at: usize,
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        len: usize,
-    ) -> Option<Result<(), MemoryError>> {
-        let end = at.checked_add(len)?;
-        if end > self.len {
-            return None;
+    /// Maps `len` bytes of `fd` from `offset` on over our bytes from `at` on. False if they are not
+    /// ours, or the system refuses: this value is then good for nothing but to be given up.
+    pub(crate) fn place(&mut self, at: usize, fd: BorrowedFd<'_>, offset: u64, len: usize) -> bool {
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return false;
         }
         // SAFETY: `MAP_FIXED` replaces `at..end` of a range that is ours alone (tested above). The
         // `&mut self` shows that nobody was given its addresses yet or holds on to them.
@@ -82,12 +75,19 @@ impl Mapping {
                 self.base.as_ptr().add(at).cast(),
                 len,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                MapFlags::SHARED | MapFlags::FIXED,
                 fd,
                 offset,
             )
         };
-        Some(placed.map(drop).map_err(MemoryError::system("mmap")))
+        placed.is_ok()
+    }
+
+    /// Leaves the addresses behind. For after a refused [`Self::place`]: the kernel may have removed
+    /// what was there before it refused, and another thread may have mapped something of its own
+    /// there since. Nobody can tell, so they are never unmapped.
+    pub(crate) fn give_up(self) {
+        core::mem::forget(self);
     }
 
     pub(crate) fn base(&self) -> NonNull<u8> {

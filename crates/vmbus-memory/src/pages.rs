@@ -124,7 +124,7 @@ impl PageRun {
     }
 
     /// The page numbers, ascending.
-    pub fn pfns(&self) -> impl ExactSizeIterator<Item = u64> + Clone + use<> {
+    pub fn pfns(&self) -> impl DoubleEndedIterator<Item = u64> + ExactSizeIterator + Clone + use<> {
         let first = self.first;
         (0..self.pages).map(move |page| first + u64::from(page))
     }

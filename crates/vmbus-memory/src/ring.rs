@@ -4,7 +4,7 @@
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vmbus_wire::PAGE_SIZE;
@@ -336,7 +336,12 @@ fn map_circle(
     let mut mapping = Mapping::reserve((1 + 2 * data_pages) * PAGE_SIZE).ok()?;
     for run in once.iter().chain(&again) {
         let (at, len) = (run.at * PAGE_SIZE, run.pages * PAGE_SIZE);
-        mapping.place(at, run.fd, run.offset, len)?.ok()?;
+        if !mapping.place(at, run.fd, run.offset, len) {
+            mapping.give_up();
+            // Stays taken, so that what is given up is bounded too.
+            core::mem::forget(taken);
+            return None;
+        }
     }
     Some((mapping, taken))
 }
@@ -347,12 +352,11 @@ fn file_runs<'a>(memory: &'a GuestMemory, pfns: &[u64], at: usize) -> Option<Vec
     for (index, pfn) in pfns.iter().enumerate() {
         let gpa = gpa_of(*pfn).ok()?;
         let region = memory.region_at(gpa)?;
-        let (fd, region_offset) = region.backing()?;
+        let (fd, region_offset) = region.page_backing()?;
         let offset = region_offset + (gpa - region.gpa());
         match runs.last_mut() {
             Some(run)
-                if std::os::fd::AsRawFd::as_raw_fd(&run.fd)
-                    == std::os::fd::AsRawFd::as_raw_fd(&fd)
+                if run.fd.as_raw_fd() == fd.as_raw_fd()
                     && run.offset + (run.pages * PAGE_SIZE) as u64 == offset =>
             {
                 run.pages += 1;

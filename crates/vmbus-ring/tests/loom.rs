@@ -10,6 +10,8 @@
 //! The tests that must fail show that the models can: without any one of the fences, or with an
 //! index stored relaxed, loom finds the fault.
 #![cfg(loom)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may stop at a surprise")]
+#![allow(clippy::cast_possible_truncation, reason = "small test values")]
 
 use loom::cell::UnsafeCell;
 use loom::sync::Notify;

@@ -1,4 +1,8 @@
 //! One suite over both forms of a ring.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may stop at a surprise")]
+#![allow(clippy::cast_possible_truncation, reason = "small test values")]
+
 use vmbus_memory::*;
 use vmbus_ring::*;
 use vmbus_wire::packet::PacketKind;
