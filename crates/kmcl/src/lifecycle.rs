@@ -242,11 +242,14 @@ impl Lifecycle {
         let effects = match (self.state, event) {
             (S::Disabled, E::Enable) => {
                 self.started = self.side == Side::Client && !self.pause_armed;
+                self.pause_armed = false;
                 self.disable_wanted = false;
                 self.state = S::Enabled;
                 vec![Effect::Connect]
             }
             (S::Enabled, E::ConnectRefused) => {
+                // The pause was not used up.
+                self.pause_armed = self.side == Side::Client && !self.started;
                 self.end();
                 vec![Effect::CancelOutgoing(NtStatus::CANCELLED)]
             }
@@ -413,3 +416,6 @@ impl Lifecycle {
         self.disable_wanted = false;
     }
 }
+
+#[cfg(test)]
+mod tests;
