@@ -230,7 +230,12 @@ impl Channel {
         match effect {
             Effect::Connect => {} // done by `connect`, which can report its failure
             Effect::RequestOpen => self.request_open(),
-            Effect::Attach => return self.attach().err().map(|()| Event::OpenRefused),
+            Effect::Attach => {
+                if let Err(status) = self.attach() {
+                    lock(&self.shared.control).failure = status;
+                    return Some(Event::OpenRefused);
+                }
+            }
             Effect::CallOpened => return Some(self.call_opened()),
             Effect::AcceptOpen => self.with_server_link(|link| link.open_result(NtStatus::SUCCESS)),
             Effect::RefuseOpen => {
@@ -328,29 +333,32 @@ impl Channel {
     fn request_open(&self) {
         let settings = self.settings();
         let link = lock(&self.shared.control).link.client("open", ChannelState::Connecting);
+        let (incoming_pages, outgoing_pages) = settings.ring_pages();
         if let Ok(link) = link {
             link.open(OpenRequest {
-                incoming_pages: settings.incoming_pages,
-                outgoing_pages: settings.outgoing_pages,
+                incoming_pages,
+                outgoing_pages,
                 target_vp: settings.target_vp,
                 user_data: settings.user_data,
             });
         }
     }
 
-    fn attach(&self) -> Result<(), ()> {
+    fn attach(&self) -> Result<(), NtStatus> {
         let settings = self.settings();
-        let rings = lock(&self.shared.control).rings.take().ok_or(())?;
+        let rings = lock(&self.shared.control).rings.take().ok_or(NtStatus::UNSUCCESSFUL)?;
         let ends = RingReader::new(rings.incoming)
             .and_then(|reader| Ok((reader, RingWriter::new(rings.outgoing)?)));
-        let (reader, writer) = match ends {
-            Ok(ends) => ends,
-            Err(error) => {
-                tracing::warn!(channel = %self.name(), %error, "open refused: bad ring");
-                lock(&self.shared.control).failure = NtStatus::INVALID_PARAMETER;
-                return Err(());
-            }
-        };
+        let (reader, writer) = ends.map_err(|error| {
+            tracing::warn!(channel = %self.name(), %error, "open refused: bad ring");
+            NtStatus::INVALID_PARAMETER
+        })?;
+        // From here on whatever may be sent or promised fits an empty ring.
+        let (largest, most) = (settings.largest_packet(self.side()), writer.max_packet_bytes());
+        if largest > most {
+            tracing::warn!(channel = %self.name(), largest, most, "open refused: ring too small");
+            return Err(NtStatus::INVALID_PARAMETER);
+        }
         self.clear_stop();
         let bodies = pool::fill(&settings, &rings.memory, rings.residency.as_ref());
         self.traffic().attach(writer, rings.signal, bodies, settings.completion_size());

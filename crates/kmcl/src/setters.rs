@@ -132,7 +132,8 @@ impl Channel {
         })
     }
 
-    /// Pages of both rings, control pages included: 8 and 8 by default.
+    /// Pages of both rings, control pages included: 8 and 8 by default. Rings that would not hold the
+    /// largest packet are made as large as that takes.
     ///
     /// # Errors
     /// [`Error::NotInitializing`], also on a server, whose client donates both rings;

@@ -2,11 +2,17 @@
 
 use std::sync::Arc;
 
+use vmbus_ring::packet_ring_bytes;
+use vmbus_wire::PAGE_SIZE_U32;
 use vmbus_wire::guid::Guid;
+use vmbus_wire::packet::{MAX_PACKET_BYTES, TRAILER_SIZE};
+use vmbus_wire::pipe;
+use vmbus_wire::ring::RESERVED_BYTES;
 
 use crate::bus::USER_DATA_SIZE;
 use crate::callbacks::{PnpFailure, ProcessPacket, StateChange};
 use crate::flags::{ChannelFlags, ServerFlags};
+use crate::lifecycle::Side;
 
 /// Bounds of one channel that no setter exceeds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -72,13 +78,38 @@ impl Settings {
             || self.server_flags.contains(ServerFlags::OFFER_AS_PIPE)
     }
 
-    /// Words of 8 bytes that the ranges of a packet within the bounds can take: a head for each
-    /// range, its pages, and one page more since a range may begin inside a page.
+    /// Words of 8 bytes that the ranges of a packet within the bounds can take: the pages of the
+    /// data, and for each range a head and two pages more, since it may begin and end inside one.
     pub(crate) fn external_words(&self) -> usize {
         if self.external_data_size == 0 {
             return 0;
         }
-        (self.external_data_size.div_ceil(4096) + 2 * self.external_data_ranges) as usize
+        (self.external_data_size.div_ceil(PAGE_SIZE_U32) + 3 * self.external_data_ranges) as usize
+    }
+
+    /// Bytes of ring that the largest packet takes which `side` may write: a message, from a client
+    /// with external data, or a completion.
+    pub(crate) fn largest_packet(&self, side: Side) -> u32 {
+        let header = if self.is_pipe() { pipe::HEADER_SIZE } else { 0 };
+        let words = match side {
+            Side::Client if self.external_data_size != 0 => 1 + self.external_words(),
+            Side::Client | Side::Server => 0,
+        };
+        let external = u32::try_from(8 * words).unwrap_or(u32::MAX);
+        let message = packet_ring_bytes(external, self.maximum_packet_size + header);
+        let completion = packet_ring_bytes(0, self.completion_size());
+        message.max(completion).min(MAX_PACKET_BYTES + TRAILER_SIZE)
+    }
+
+    /// Pages of the rings that a client asks for, incoming and outgoing: those that were set, or as
+    /// many as hold the largest packet.
+    pub(crate) fn ring_pages(&self) -> (u32, u32) {
+        let least = |side| {
+            let data = self.largest_packet(side) + RESERVED_BYTES;
+            1 + data.div_ceil(PAGE_SIZE_U32)
+        };
+        let incoming = self.incoming_pages.max(least(Side::Server));
+        (incoming, self.outgoing_pages.max(least(Side::Client)))
     }
 }
 
