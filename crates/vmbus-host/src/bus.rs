@@ -9,7 +9,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kmcl::bus::{Bus, BusEvent, ClientLink, Doorbell, Endpoint, Offer, OpenRings, ServerLink, Target};
+use kmcl::bus::{
+    Bus, BusEvent, ClientLink, Doorbell, Endpoint, Offer, OpenRings, ServerLink, Target,
+};
 use vmbus_memory::{GuestMemory, MappingBudget, RingPages};
 use vmbus_wire::status::NtStatus;
 

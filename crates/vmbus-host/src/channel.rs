@@ -88,6 +88,9 @@ pub enum OpenKind {
 pub struct Closing {
     /// The GPADL in which the rings lie that the device may still use.
     pub ring_gpadl: u32,
+    /// The device has accepted the open, and so will say that it has let go. If it refuses the open
+    /// after all, it never had anything.
+    pub accepted: bool,
     /// Where CLOSE_RESERVED_RESPONSE goes once the device has let go, if the guest waits for one.
     pub reserved_reply: Option<SlotId>,
 }
@@ -155,6 +158,12 @@ impl Channel {
         }
     }
 
+    /// The guest closes a channel that is opening or open, or the device withdraws it.
+    pub(crate) fn begin_close(open: &OpenParams, accepted: bool) -> OpenState {
+        let ring_gpadl = open.ring_gpadl;
+        OpenState::Closing(Closing { ring_gpadl, accepted, reserved_reply: None })
+    }
+
     /// Whether it is open or opening as a reserved channel.
     #[must_use]
     pub fn is_reserved(&self) -> bool {
@@ -220,7 +229,8 @@ impl Channels {
         let count = self.table.len();
         // `last_channel_id` is at most MAX_CHANNEL_ID: it came from here.
         let after = self.last_channel_id + 1..=MAX_CHANNEL_ID;
-        let free = after.chain(1..=self.last_channel_id).find(|id| !self.by_channel_id.contains_key(id));
+        let free =
+            after.chain(1..=self.last_channel_id).find(|id| !self.by_channel_id.contains_key(id));
         free.ok_or(OfferError::TooManyChannels { count })
     }
 

@@ -160,9 +160,8 @@ pub(crate) fn judge(
         return Err(Refusal::Vp { message: MESSAGE, vp, vp_count });
     }
     let slot = SlotId { vp, sint };
-    let unsupported = |foreign| {
-        Ok(Contact { slot, answer: ContactAnswer::Unsupported, foreign, refusal: None })
-    };
+    let unsupported =
+        |foreign| Ok(Contact { slot, answer: ContactAnswer::Unsupported, foreign, refusal: None });
 
     if sint != VMBUS_SINT || target.is_some_and(|target| target.vtl != 0) {
         return unsupported(true);
@@ -235,8 +234,7 @@ pub(crate) fn version_response(answer: &ContactAnswer) -> HostMessage {
             (*version, FeatureFlags::empty(), ConnectionState::UnknownFailure)
         }
     };
-    let selected =
-        if version.has_message_sint() { MESSAGE_CONNECTION } else { version.to_wire() };
+    let selected = if version.has_message_sint() { MESSAGE_CONNECTION } else { version.to_wire() };
     let response = VersionResponse::supported(state, selected);
     if version.has_feature_flags() {
         let supported_features = features.bits().into();

@@ -8,7 +8,7 @@ use vmbus_wire::message::{
 };
 use vmbus_wire::status::NtStatus;
 
-use crate::channel::{Closing, OfferState, OpenKind, OpenState};
+use crate::channel::{Channel, OfferState, OpenKind, OpenState};
 use crate::connection::{
     self, Connection, Contact, ContactAnswer, Next, monitor_pages, version_response,
 };
@@ -29,7 +29,11 @@ enum Ending {
 }
 
 impl Host {
-    fn judge(&self, contact: &InitiateContact, client_id: Option<Guid>) -> Result<Contact, Refusal> {
+    fn judge(
+        &self,
+        contact: &InitiateContact,
+        client_id: Option<Guid>,
+    ) -> Result<Contact, Refusal> {
         connection::judge(contact, client_id, self.config.newest_version, &self.shape)
     }
 
@@ -115,9 +119,13 @@ impl Host {
                 }
                 open
             }
-            OpenState::Opening(open) | OpenState::Open(open) => {
+            OpenState::Opening(open) => {
                 effects.push(Effect::Close { offer, tell_device: true });
-                OpenState::Closing(Closing { ring_gpadl: open.ring_gpadl, reserved_reply: None })
+                Channel::begin_close(&open, false)
+            }
+            OpenState::Open(open) => {
+                effects.push(Effect::Close { offer, tell_device: true });
+                Channel::begin_close(&open, true)
             }
             OpenState::Closing(closing) => OpenState::Closing(closing),
             OpenState::Reopening(closing, open) => {
@@ -147,15 +155,15 @@ impl Host {
 
     /// Whether a device still has memory of a guest that is disconnecting.
     pub(crate) fn waits_for_devices(&self) -> bool {
-        let is_closing = |open: &OpenState| {
-            matches!(open, OpenState::Closing(_) | OpenState::Reopening(..))
-        };
+        let is_closing =
+            |open: &OpenState| matches!(open, OpenState::Closing(_) | OpenState::Reopening(..));
         self.channels.iter().any(|(_, channel)| is_closing(&channel.open))
     }
 
     /// Goes on when the last device has let go.
     pub(crate) fn finish_disconnect(&mut self) {
-        if !matches!(self.connection, Connection::Disconnecting { .. }) || self.waits_for_devices() {
+        if !matches!(self.connection, Connection::Disconnecting { .. }) || self.waits_for_devices()
+        {
             return;
         }
         let ended = std::mem::take(&mut self.connection);

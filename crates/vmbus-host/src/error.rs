@@ -17,7 +17,9 @@ pub enum PostError {
     },
     /// Back-pressure: the guest does not take its own messages. Nothing was done, and nothing is
     /// lost: it may post the same message again later.
-    #[error("{waiting} messages wait for the guest, it gets no further answers before it takes some")]
+    #[error(
+        "{waiting} messages wait for the guest, it gets no further answers before it takes some"
+    )]
     Busy {
         /// Messages, or steps of the host, that wait.
         waiting: usize,
@@ -71,7 +73,9 @@ pub enum Refusal {
         sint: u32,
     },
     /// One monitor page without the other.
-    #[error("{message} names monitor pages {parent_to_child:#x} and {child_to_parent:#x}: one only")]
+    #[error(
+        "{message} names monitor pages {parent_to_child:#x} and {child_to_parent:#x}: one only"
+    )]
     MonitorPages {
         /// The message.
         message: MessageType,
@@ -128,7 +132,9 @@ pub enum Refusal {
         reason: RingRefusal,
     },
     /// The guest's choice of event flag or connection cannot be.
-    #[error("channel {channel_id} cannot signal by connection {connection_id:#x} and flag {event_flag}")]
+    #[error(
+        "channel {channel_id} cannot signal by connection {connection_id:#x} and flag {event_flag}"
+    )]
     SignalParameters {
         /// The channel id.
         channel_id: u32,

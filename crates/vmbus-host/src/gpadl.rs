@@ -321,19 +321,14 @@ impl Gpadls {
 
     /// Drops the GPADLs of a channel that are incomplete: the guest is to be told that they failed.
     pub(crate) fn drop_incomplete(&mut self, offer: OfferId) -> Vec<u32> {
-        let is_incomplete =
-            |(id, entry): (u32, &Gpadl)| matches!(entry.state, GpadlState::Assembling(_)).then_some(id);
+        let is_incomplete = |(id, entry): (u32, &Gpadl)| {
+            matches!(entry.state, GpadlState::Assembling(_)).then_some(id)
+        };
         let dropped: Vec<u32> = self.of_channel(offer).filter_map(is_incomplete).collect();
         for id in &dropped {
             self.remove(offer, *id);
         }
         dropped
-    }
-
-    /// Drops the GPADLs of a channel that the guest has released, but those for whose teardown it
-    /// waits.
-    pub(crate) fn release_channel(&mut self, offer: OfferId) {
-        self.retain(|owner, _, entry| owner != offer || entry.state == GpadlState::TearingDown);
     }
 
     /// Drops every GPADL but the rings named by `kept`.
@@ -401,7 +396,8 @@ impl Gpadls {
         let mut wrong = Vec::new();
         let pages: u64 = self.table.values().map(|entry| entry.pages).sum();
         if pages != self.pages || pages > quota {
-            wrong.push(format!("{pages} GPADL pages, {} on the books, {quota} allowed", self.pages));
+            wrong
+                .push(format!("{pages} GPADL pages, {} on the books, {quota} allowed", self.pages));
         }
         if self.table.len() > MAX_GPADLS || self.assembling.len() > MAX_INCOMPLETE_GPADLS {
             let (all, incomplete) = (self.table.len(), self.assembling.len());

@@ -145,9 +145,7 @@ impl Host {
             GuestMessage::CloseReservedChannel(message) => {
                 self.close_reserved_channel(&message, effects)
             }
-            GuestMessage::TlConnectRequest(message) => {
-                self.hvsock_connect(&message, None, effects)
-            }
+            GuestMessage::TlConnectRequest(message) => self.hvsock_connect(&message, None, effects),
             GuestMessage::TlConnectRequestV2(message) => {
                 self.hvsock_connect(&message.request, Some(message.silo_id), effects)
             }
@@ -239,14 +237,17 @@ impl Host {
             wrong.push("requests or a pause without a connection".into());
         }
         for (offer, channel) in self.channels.iter() {
-            if !connected && !matches!(channel.offer, crate::OfferState::Hidden | crate::OfferState::Released) {
+            if !connected
+                && !matches!(channel.offer, crate::OfferState::Hidden | crate::OfferState::Released)
+            {
                 wrong.push(format!("{offer:?} is {:?} without a connection", channel.offer));
             }
             if connected && channel.offer == crate::OfferState::Hidden && channel.device_holds() {
                 wrong.push(format!("{offer:?} is hidden and {}", channel.open.name()));
             }
         }
-        if matches!(self.connection, Connection::Disconnecting { .. }) && !self.waits_for_devices() {
+        if matches!(self.connection, Connection::Disconnecting { .. }) && !self.waits_for_devices()
+        {
             wrong.push("disconnecting, and nothing to wait for".into());
         }
         for (offer, gpadl, held) in self.gpadls.iter() {

@@ -1,4 +1,49 @@
-//! The host's control plane of VMBus.
+//! The host's control plane of VMBus: everything that host and guest say to each other outside the
+//! rings.
+//!
+//! Two layers. [`Host`] is the protocol, as a pure state machine: messages of the guest and answers of
+//! devices go in, effects and messages for the guest come out, and all state is plain data that can
+//! be cloned, compared and printed at every step. [`HostBus`] runs it: a [`kmcl::bus::Bus`] for
+//! devices on one side, over a [`GuestPort`] to one guest on the other.
+//!
+//! ```text
+//!  devices (kmcl channels)                           a transport: SynIC of a hypervisor, socket, test
+//!     │ offer, open_result, closed, revoke …            │ post_message, guest_signal,
+//!     ▼            ▲ BusEvent                           ▼ messages_drained, guest_reset
+//!  ┌──────────────────────────── HostBus ────────────────────────────┐
+//!  │  Host: contact · offers · open and close · GPADLs · reserved    │──▶ GuestPort: post_message,
+//!  │        channels · hvsock requests · messages for the guest      │    event_flag, listen, unlisten
+//!  └─────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! | module | what it is about |
+//! |---|---|
+//! | `connection`, `contact` | versions, features, where messages go; connecting, unloading, pausing |
+//! | `offer`, `offers` | what devices offer, what the guest is told of it, rescinds, channel ids |
+//! | `channel`, `open` | the life of a channel; opening, closing, moving interrupts |
+//! | `gpadl`, `memory` | page lists: assembly, quota, teardown held back while in use |
+//! | `reserved`, `hvsock` | channels for crash dumps; socket connections |
+//! | `outgoing` | messages that wait for their slot |
+//! | [`limits`] | every bound |
+//! | `bus`, `link`, `port`, `signal` | the state machine at work |
+//!
+//! # A guest that lies
+//!
+//! A wrong message is refused, alone, with a [`Refusal`] that carries the numbers; the guest gets the
+//! answer it waits for, and nothing else changes. Whatever it sends, the state stays within
+//! [`limits`]. A guest that does not take its messages is told to come again
+//! ([`PostError::Busy`]); messages that end the trouble (INITIATE_CONTACT, UNLOAD, RESUME) are taken
+//! all the same.
+//!
+//! # What is deliberately absent
+//!
+//! - Monitored notifications: no channel is offered with a monitor, and the monitor pages that a
+//!   guest names are never looked at.
+//! - Features of version 6.0 beyond [`SUPPORTED_FEATURES`]: they are not granted.
+//! - Virtual trust levels other than 0, and several clients of one guest: they are turned away.
+//! - Clocks: nothing here ever times out. A device that does not let go keeps its guest waiting.
+//!
+//! Source: vmbus-wire sections 1, 2, 3 and 5; devices section 4 for hvsock.
 
 #![forbid(unsafe_code)]
 

@@ -59,7 +59,8 @@ impl Host {
         match &extended {
             Ok(Progress::Incomplete)
             | Err(Refusal::Gpadl {
-                reason: GpadlRefusal::EmptyBody | GpadlRefusal::NoHeader, ..
+                reason: GpadlRefusal::EmptyBody | GpadlRefusal::NoHeader,
+                ..
             }) => {}
             Ok(Progress::Created) => self.send_created(channel_id, gpadl, NtStatus::SUCCESS),
             Err(refusal) => self.send_created(channel_id, gpadl, creation_status(refusal)),
@@ -71,7 +72,7 @@ impl Host {
         const MESSAGE: MessageType = MessageType::GpadlTeardown;
         let gpadl = message.gpadl_id.get();
         let torn_down =
-            self.known_channel(MESSAGE, message.channel_id.get()).and_then(|offer| {
+            self.channel_with_memory(MESSAGE, message.channel_id.get()).and_then(|offer| {
                 let in_ring = self.has_ring_in(offer, gpadl);
                 let torn_down = self.gpadls.tear_down(offer, gpadl, in_ring);
                 torn_down.map_err(|reason| Refusal::Gpadl { message: MESSAGE, gpadl, reason })
@@ -81,7 +82,8 @@ impl Host {
             Ok(Teardown::Held) => false,
             // The answer comes later: to the first teardown, or to the creation.
             Err(Refusal::Gpadl {
-                reason: GpadlRefusal::TearingDown | GpadlRefusal::Incomplete { .. }, ..
+                reason: GpadlRefusal::TearingDown | GpadlRefusal::Incomplete { .. },
+                ..
             }) => false,
             // What never was is gone, and the guest waits to hear that.
             Err(_) => true,
@@ -90,6 +92,21 @@ impl Host {
             self.send_torndown(gpadl);
         }
         torn_down.map(|_| ())
+    }
+
+    /// The channel that the guest means by an id, also if it has released the id too early, and the
+    /// device still uses its memory.
+    fn channel_with_memory(
+        &self,
+        message: MessageType,
+        channel_id: u32,
+    ) -> Result<OfferId, Refusal> {
+        let is_released = |offer: &OfferId| {
+            let channel = self.channels.get(*offer);
+            channel.is_some_and(|channel| channel.offer == OfferState::Released)
+        };
+        let released = self.channels.by_channel_id(channel_id).filter(is_released);
+        released.map_or_else(|| self.known_channel(message, channel_id), Ok)
     }
 
     /// The pages of a GPADL that the guest has created for a channel.

@@ -11,7 +11,7 @@ use vmbus_wire::offer::OfferFlags;
 use vmbus_wire::status::NtStatus;
 use zerocopy::little_endian::{U16, U32};
 
-use crate::channel::{Channel, Closing, OfferState, OpenState};
+use crate::channel::{Channel, OfferState, OpenState};
 use crate::effect::Effect;
 use crate::error::Refusal;
 use crate::host::Host;
@@ -88,11 +88,11 @@ impl Host {
             OpenState::Opening(open) => {
                 cancelled = Some(open.kind);
                 effects.push(Effect::Close { offer, tell_device: false });
-                OpenState::Closing(Closing { ring_gpadl: open.ring_gpadl, reserved_reply: None })
+                Channel::begin_close(&open, false)
             }
             OpenState::Open(open) => {
                 effects.push(Effect::Close { offer, tell_device: false });
-                OpenState::Closing(Closing { ring_gpadl: open.ring_gpadl, reserved_reply: None })
+                Channel::begin_close(&open, true)
             }
             OpenState::Closing(closing) => OpenState::Closing(closing),
             OpenState::Reopening(closing, open) => {
@@ -128,15 +128,17 @@ impl Host {
         let offer = self.known_channel(MESSAGE, channel_id)?;
         let Some(channel) = self.channels.get_mut(offer) else { return Ok(()) };
         if channel.offer != OfferState::Rescinded {
-            return Err(Refusal::ChannelState { message: MESSAGE, channel_id, state: "not rescinded" });
+            return Err(Refusal::ChannelState {
+                message: MESSAGE,
+                channel_id,
+                state: "not rescinded",
+            });
         }
         let key = channel.params.key;
         channel.offer = OfferState::Released;
         channel.modifying = None;
         if channel.open == OpenState::Closed {
             self.remove(offer);
-        } else {
-            self.gpadls.release_channel(offer);
         }
         self.show_key(key);
         Ok(())

@@ -12,7 +12,7 @@ use vmbus_wire::message::{
 use vmbus_wire::status::NtStatus;
 use vmbus_wire::version::FeatureFlags;
 
-use crate::channel::{Closing, Modifying, OfferState, OpenKind, OpenParams, OpenState};
+use crate::channel::{Channel, Closing, Modifying, OfferState, OpenKind, OpenParams, OpenState};
 use crate::connection::{CONNECTION_ID_MASK, LAST_RESERVED_CONNECTION};
 use crate::effect::{Effect, Interrupt, Rings};
 use crate::error::{Refusal, RingRefusal};
@@ -138,12 +138,7 @@ impl Host {
     }
 
     /// What the device is given for this open.
-    fn rings(
-        &self,
-        offer: OfferId,
-        channel_id: u32,
-        open: &OpenParams,
-    ) -> Result<Rings, Refusal> {
+    fn rings(&self, offer: OfferId, channel_id: u32, open: &OpenParams) -> Result<Rings, Refusal> {
         let gpadl = open.ring_gpadl;
         let refuse = |reason| Refusal::Ring { channel_id, gpadl, reason };
         let pages = self.gpadls.get(offer, gpadl).map_err(|reason| refuse(reason.into()))?;
@@ -184,15 +179,20 @@ impl Host {
                 self.device_let_go(offer);
                 self.send_open_result(channel_id, open.kind, status);
             }
-            // The guest has not waited. A device that accepts is told of the end, and says `closed`;
-            // one that refuses never had anything.
-            closing @ (OpenState::Closing(_) | OpenState::Reopening(..)) => {
-                channel.open = closing;
-                if !status.is_success() {
+            // The guest has not waited for the answer.
+            mut other => {
+                let (OpenState::Closing(closing) | OpenState::Reopening(closing, _)) = &mut other
+                else {
+                    channel.open = other;
+                    return;
+                };
+                let has_nothing = !closing.accepted && !status.is_success();
+                closing.accepted |= status.is_success();
+                channel.open = other;
+                if has_nothing {
                     self.closed(offer, effects);
                 }
             }
-            other => channel.open = other,
         }
     }
 
@@ -276,9 +276,8 @@ impl Host {
             return Ok(()); // the rescind has closed it
         }
         match &channel.open {
-            OpenState::Open(OpenParams { kind: OpenKind::Ordinary { .. }, ring_gpadl, .. }) => {
-                let closing = Closing { ring_gpadl: *ring_gpadl, reserved_reply: None };
-                channel.open = OpenState::Closing(closing);
+            OpenState::Open(open @ OpenParams { kind: OpenKind::Ordinary { .. }, .. }) => {
+                channel.open = Channel::begin_close(open, true);
                 effects.push(Effect::Close { offer, tell_device: true });
                 Ok(())
             }
@@ -368,8 +367,9 @@ impl Host {
     }
 
     pub(crate) fn send_open_result(&mut self, channel_id: u32, kind: OpenKind, status: NtStatus) {
-        let result =
-            |open_id| HostMessage::OpenChannelResult(OpenChannelResult::new(channel_id, open_id, status));
+        let result = |open_id| {
+            HostMessage::OpenChannelResult(OpenChannelResult::new(channel_id, open_id, status))
+        };
         match kind {
             OpenKind::Ordinary { open_id } => self.send(&result(open_id)),
             OpenKind::Reserved { slot } => self.send_reserved(slot, &result(0)),

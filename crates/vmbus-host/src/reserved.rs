@@ -42,14 +42,24 @@ impl Host {
         let channel = self.channels.get_mut(offer).ok_or(unknown)?;
         match &channel.open {
             OpenState::Open(OpenParams { kind: OpenKind::Reserved { .. }, ring_gpadl, .. }) => {
-                let closing = Closing { ring_gpadl: *ring_gpadl, reserved_reply: Some(slot) };
-                channel.open = OpenState::Closing(closing);
+                let (ring_gpadl, reserved_reply) = (*ring_gpadl, Some(slot));
+                channel.open =
+                    OpenState::Closing(Closing { ring_gpadl, accepted: true, reserved_reply });
                 effects.push(Effect::Close { offer, tell_device: true });
                 Ok(())
             }
             OpenState::Abandoned(OpenKind::Reserved { .. }) => {
                 channel.open = OpenState::Closed;
                 self.send_closed(slot, channel_id);
+                Ok(())
+            }
+            // It has crossed the rescind, and the guest waits to hear that the device has let go.
+            OpenState::Closing(Closing { ring_gpadl, accepted, reserved_reply: None })
+                if channel.offer == OfferState::Rescinded =>
+            {
+                let (ring_gpadl, accepted) = (*ring_gpadl, *accepted);
+                let reserved_reply = Some(slot);
+                channel.open = OpenState::Closing(Closing { ring_gpadl, accepted, reserved_reply });
                 Ok(())
             }
             // Its device has let go, or it never was open: it is closed, and the guest waits to hear
