@@ -1,6 +1,7 @@
 //! A disk: a back end, and what a guest is told about it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vstor_wire::scsi::vpd::MAX_SERIAL_BYTES;
 
@@ -59,6 +60,8 @@ pub enum DiskError {
 pub struct Disk {
     backend: Arc<dyn Backend>,
     profile: Profile,
+    /// A controller has it, or still has requests of it.
+    is_attached: AtomicBool,
 }
 
 impl Disk {
@@ -68,7 +71,7 @@ impl Disk {
     /// [`DiskError`].
     pub fn new(backend: Arc<dyn Backend>, options: &DiskOptions) -> Result<Arc<Self>, DiskError> {
         let profile = Profile::new(&*backend, options)?;
-        Ok(Arc::new(Self { backend, profile }))
+        Ok(Arc::new(Self { backend, profile, is_attached: AtomicBool::new(false) }))
     }
 
     /// What stores its bytes.
@@ -93,6 +96,23 @@ impl Disk {
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.profile.read_only
+    }
+
+    /// Whether a controller has the disk, or still has requests of it to finish after the disk was
+    /// detached.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.is_attached.load(Ordering::Acquire)
+    }
+
+    /// Takes the disk for a controller; `false` if another has it. Its completions can go to one
+    /// place only.
+    pub(crate) fn claim(&self) -> bool {
+        !self.is_attached.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn release(&self) {
+        self.is_attached.store(false, Ordering::Release);
     }
 
     pub(crate) fn profile(&self) -> &Profile {

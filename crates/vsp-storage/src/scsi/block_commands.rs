@@ -204,7 +204,7 @@ fn writable(disk: &Profile) -> Result<(), Answer> {
 /// The bytes of an extent, if the disk has them.
 fn range(disk: &Profile, extent: &Extent) -> Result<ByteRange, Answer> {
     let end = extent.lba.checked_add(u64::from(extent.blocks));
-    if !end.is_some_and(|end| end <= disk.sectors) {
+    if end.is_none_or(|end| end > disk.sectors) {
         return Err(Answer::illegal(AdditionalSense::LOGICAL_BLOCK_ADDRESS_OUT_OF_RANGE));
     }
     // Below the disk's size in bytes, which is 64 bits.

@@ -20,7 +20,7 @@ pub const MAX_PATHS: u8 = 8;
 pub const MAX_TARGETS: u8 = 2;
 
 /// LUNs of a target; guests look no further.
-pub const MAX_LUNS: u8 = 255;
+pub const MAX_LUNS: u16 = 255;
 
 /// Bytes of the longest list of LUNs.
 const MAX_LIST_BYTES: usize =
@@ -62,6 +62,12 @@ pub enum LunError {
         /// What was asked for.
         address: ScsiAddress,
     },
+    /// The disk is attached already, perhaps to another controller, or has requests to finish.
+    #[error("the disk for LUN {address} is attached elsewhere")]
+    InUse {
+        /// Where it was to be.
+        address: ScsiAddress,
+    },
     /// There is no disk.
     #[error("there is no disk at LUN {address}")]
     Empty {
@@ -72,8 +78,12 @@ pub enum LunError {
 
 impl LunTable {
     /// The table with one more disk.
-    pub(crate) fn attach(&self, address: ScsiAddress, disk: Arc<Disk>) -> Result<Self, LunError> {
-        if address.path >= MAX_PATHS || address.target >= MAX_TARGETS || address.lun >= MAX_LUNS {
+    pub(crate) fn attach(&self, lun: Arc<Lun>) -> Result<Self, LunError> {
+        let address = lun.address;
+        if address.path >= MAX_PATHS
+            || address.target >= MAX_TARGETS
+            || u16::from(address.lun) >= MAX_LUNS
+        {
             return Err(LunError::OutOfReach { address });
         }
         let Err(place) = self.find(address) else {
@@ -81,18 +91,17 @@ impl LunTable {
         };
         let mut table = self.clone();
         table.tell_target(address);
-        let luns_changed = AtomicBool::new(false);
-        table.luns.insert(place, Arc::new(Lun { address, disk, luns_changed }));
+        table.luns.insert(place, lun);
         Ok(table)
     }
 
-    /// The table with one disk less, and the disk.
-    pub(crate) fn detach(&self, address: ScsiAddress) -> Result<(Self, Arc<Disk>), LunError> {
+    /// The table with one disk less, and what was there.
+    pub(crate) fn detach(&self, address: ScsiAddress) -> Result<(Self, Arc<Lun>), LunError> {
         let place = self.find(address).map_err(|_| LunError::Empty { address })?;
         let mut table = self.clone();
         let gone = table.luns.remove(place);
         table.tell_target(address);
-        Ok((table, Arc::clone(&gone.disk)))
+        Ok((table, gone))
     }
 
     pub(crate) fn get(&self, address: ScsiAddress) -> Option<&Arc<Lun>> {
@@ -170,7 +179,7 @@ impl LunTable {
         };
         let luns = || self.target(address).take(entries);
         let mut page = Page::<MAX_LIST_BYTES>::new();
-        let count = u8::try_from(luns().count()).unwrap_or(MAX_LUNS);
+        let count = u8::try_from(luns().count()).unwrap_or(u8::MAX);
         page.push(LunListHeader::new(count).as_bytes());
         for lun in luns() {
             page.push(LunEntry::new(lun.address.lun).as_bytes());
@@ -181,6 +190,11 @@ impl LunTable {
 }
 
 impl Lun {
+    /// `disk` at `address`.
+    pub(crate) fn new(address: ScsiAddress, disk: Arc<Disk>) -> Arc<Self> {
+        Arc::new(Self { address, disk, luns_changed: AtomicBool::new(false) })
+    }
+
     /// Whether the guest is to be told of changed neighbours; from now on it is not.
     fn take_attention(&self) -> bool {
         // The load keeps the usual case free of writes to a shared cache line.

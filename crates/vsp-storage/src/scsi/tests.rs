@@ -8,7 +8,7 @@ use vstor_wire::scsi::cdb::Command;
 use vstor_wire::scsi::luns::parse_lun_list;
 use vstor_wire::srb::ScsiAddress;
 
-use super::bus::{LunError, LunTable};
+use super::bus::{Lun, LunError, LunTable};
 use super::*;
 use crate::block::RamBackend;
 use crate::disk::{Disk, DiskOptions};
@@ -49,7 +49,7 @@ fn disk(sector_bytes: u32, read_only: bool) -> Arc<Disk> {
 }
 
 fn table(disk: Arc<Disk>) -> LunTable {
-    LunTable::default().attach(LUN, disk).unwrap()
+    LunTable::default().attach(Lun::new(LUN, disk)).unwrap()
 }
 
 /// What came of a command.
@@ -513,24 +513,25 @@ fn the_table_of_luns_takes_what_guests_can_reach() {
         (at(0, 2, 0), false),
         (at(0, 0, 255), false),
     ] {
-        let attached = table.attach(address, Arc::clone(&one));
+        let attached = table.attach(Lun::new(address, Arc::clone(&one))).map(|_| ());
         assert_eq!(attached.is_ok(), ok, "{address}");
         assert_eq!(attached.err(), (!ok).then_some(LunError::OutOfReach { address }));
     }
-    let full = (0..MAX_LUNS_U8)
-        .try_fold(table, |table, lun| table.attach(at(3, 1, lun), Arc::clone(&one)));
+    let full = (0..255)
+        .try_fold(table, |table, lun| table.attach(Lun::new(at(3, 1, lun), Arc::clone(&one))));
     let full = full.unwrap();
-    let taken = full.attach(at(3, 1, 7), Arc::clone(&one)).err();
+    let taken = full.attach(Lun::new(at(3, 1, 7), Arc::clone(&one))).map(|_| ()).err();
     assert_eq!(taken, Some(LunError::Taken { address: at(3, 1, 7) }));
     let list: &[u8] = &[0xa0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0];
     let run = run_at(&full, at(3, 1, 0), list, DataDirection::In, vec![0; 4096]);
     assert_eq!(parse_lun_list(run.moved()).collect::<Vec<_>>(), (0..255).collect::<Vec<_>>());
     let (less, _) = full.detach(at(3, 1, 7)).unwrap();
     assert!(less.get(at(3, 1, 7)).is_none() && less.iter().count() == 254);
-    assert_eq!(less.detach(at(3, 1, 7)).err(), Some(LunError::Empty { address: at(3, 1, 7) }));
+    assert_eq!(
+        less.detach(at(3, 1, 7)).map(|_| ()).err(),
+        Some(LunError::Empty { address: at(3, 1, 7) })
+    );
 }
-
-const MAX_LUNS_U8: u8 = super::bus::MAX_LUNS;
 
 #[test]
 fn neighbours_of_a_lun_that_comes_or_goes_say_so_once() {
@@ -545,9 +546,9 @@ fn neighbours_of_a_lun_that_comes_or_goes_say_so_once() {
         }
         answer.sense.is_none()
     };
-    let table = table(Arc::clone(&one)).attach(at(0, 1, 0), Arc::clone(&one)).unwrap();
+    let table = table(Arc::clone(&one)).attach(Lun::new(at(0, 1, 0), Arc::clone(&one))).unwrap();
     assert!(ready(&table, at(0, 0, 0)) && ready(&table, at(0, 1, 0)));
-    let table = table.attach(at(0, 0, 1), Arc::clone(&one)).unwrap();
+    let table = table.attach(Lun::new(at(0, 0, 1), Arc::clone(&one))).unwrap();
     let inquiry =
         run_at(&table, at(0, 0, 0), &[0x12, 0, 0, 0, 36, 0], DataDirection::In, vec![0; 36]);
     assert_eq!(inquiry.moved().len(), 36);
@@ -561,7 +562,7 @@ fn neighbours_of_a_lun_that_comes_or_goes_say_so_once() {
     assert_eq!((sense.moved()[2], sense.moved()[12], sense.moved()[13]), (6, 0x3f, 0x0e));
     assert!(ready(&table, at(0, 0, 0)), "REQUEST SENSE has told it");
 
-    let table = table.attach(at(0, 0, 2), Arc::clone(&one)).unwrap();
+    let table = table.attach(Lun::new(at(0, 0, 2), Arc::clone(&one))).unwrap();
     let list: &[u8] = &[0xa0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
     run_at(&table, at(0, 0, 2), list, DataDirection::In, vec![0; 64]);
     assert!(ready(&table, at(0, 0, 0)), "REPORT LUNS has told it");
