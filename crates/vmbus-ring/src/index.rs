@@ -292,20 +292,20 @@ impl<W: ControlWords> WriteEnd<W> {
     /// already, and the request is withdrawn. False: a signal will come; [`Self::clear_request`]
     /// then. Asking for more than the ring can ever have free is asking for an empty ring.
     ///
-    /// To be called with everything published; what is not will never be read.
-    ///
     /// # Errors
     /// As [`Self::refresh`]; the request is then withdrawn.
     pub fn request_space(&mut self, bytes: u32) -> Result<bool, RingError> {
-        debug_assert!(self.position == self.published);
         let most = self.size - RESERVED_BYTES;
-        let wanted = bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(most).min(most);
+        // Bytes that are only written count as used for us and as free for the reader.
+        let hidden = distance(self.published, self.position, self.size);
+        let wanted = bytes.saturating_add(hidden).checked_next_multiple_of(ALIGNMENT);
+        let wanted = wanted.unwrap_or(most).min(most);
         // Release: a reader that sees the request sees the write index it was made at.
         self.words.store(Word::PendingSendSize, wanted, Release);
         // We store the pending size, then load the read index; a reader stores the read index, then
         // loads the pending size (`ReadEnd::publish`, which tells what goes wrong without).
         self.words.full_fence();
-        let there = self.refresh().map(|free| free >= wanted);
+        let there = self.refresh().map(|free| free + hidden >= wanted);
         if there != Ok(false) {
             self.clear_request();
         }
@@ -318,3 +318,6 @@ impl<W: ControlWords> WriteEnd<W> {
         self.words.store(Word::PendingSendSize, 0, Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -108,7 +108,7 @@ impl RingWriter {
     ///
     /// # Errors
     /// [`PushError`]; the ring is as it was.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, packet: &OutgoingPacket<'_>) -> Result<(), PushError> {
         let frame = Frame::of(packet, self.end.position(), self.max_packet_bytes)?;
         let needed = frame.ring_bytes();
@@ -136,7 +136,7 @@ impl RingWriter {
 
     /// Asks the reader to signal when `bytes` are free, and looks once more. True: they are there
     /// already, nothing is asked for. False: a signal will come; call [`Self::clear_space_request`]
-    /// then. Packets put in must have been published.
+    /// then.
     ///
     /// # Errors
     /// An index that is none.
@@ -183,7 +183,7 @@ struct Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
-    #[inline]
+    #[inline(always)]
     fn of(packet: &OutgoingPacket<'a>, at: u32, max: u32) -> Result<Self, PushError> {
         let OutgoingPacket { kind, wants_completion, transaction_id, extension, payload } = *packet;
         let (Some(extension_len), Some(payload_len)) = (total(extension), total(payload)) else {
