@@ -74,8 +74,9 @@ mod tests {
             GpaRange { byte_count: 0x1800, byte_offset: 0x400, pfns: &[10, 11] },
             GpaRange { byte_count: 0x100, byte_offset: 0xff0, pfns: &[20, 21] },
         ];
-        type Piece = (u32, u32, Vec<u64>);
-        let rows: [(u32, u32, bool, Result<Vec<Piece>, u8>); 9] = [
+        type Pieces = Vec<(u32, u32, Vec<u64>)>;
+        type Row = (u32, u32, bool, Result<Pieces, u8>);
+        let rows: [Row; 9] = [
             (0, 0, false, Ok(vec![(0x1800, 0x400, vec![10, 11]), (0x100, 0xff0, vec![20, 21])])),
             (0, 0x10, false, Ok(vec![(0x10, 0x400, vec![10])])),
             (0xc00, 0x10, false, Ok(vec![(0x10, 0, vec![11])])),
