@@ -7,6 +7,7 @@
 //! lock of its own, taken last, under which only the port's signal is called.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kmcl::bus::{
@@ -388,6 +389,12 @@ struct AtWork<'a>(&'a HostBus);
 impl Drop for AtWork<'_> {
     fn drop(&mut self) {
         self.0.lock().working = false;
+    }
+}
+
+impl fmt::Debug for HostBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostBus").field("usage", &self.usage()).finish_non_exhaustive()
     }
 }
 

@@ -44,9 +44,6 @@ pub const MAX_OUTGOING_MESSAGES: usize = MAX_WAITING_MESSAGES
     + MAX_HVSOCK_REQUESTS
     + 2;
 
-/// Virtual processors of one guest.
-pub const MAX_VPS: u32 = 2048;
-
 /// SINTs of one virtual processor.
 pub const SINT_COUNT: u8 = 16;
 

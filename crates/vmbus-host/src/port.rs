@@ -11,9 +11,9 @@ use crate::outgoing::SlotId;
 /// The way to one guest, seen from a [`HostBus`](crate::HostBus): a hypervisor's SynIC, a socket to
 /// another process, a test.
 ///
-/// The bus calls a port with no lock held, from whatever thread has brought it something to do, and
-/// never two calls at a time. A port may call the bus back from inside a call; what that causes
-/// happens after the call has returned.
+/// The bus calls a port with no lock held, from whatever thread has brought it something to do; the
+/// methods that act on the guest, one call at a time and in order. A port may call the bus back from
+/// inside a call; what that causes happens after the call has returned.
 ///
 /// What comes from the guest goes to the bus:
 ///

@@ -1,242 +1,16 @@
 //! The bus: devices on one side, a port to a guest on the other.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
-use kmcl::bus::{
-    Bus, BusEvent, Doorbell, Endpoint, EventSink, Offer, OpenRings, ServerLink, Signal, Target,
-};
-use vmbus_host::{
-    Config, GuestPort, HostBus, HvsockConnect, HvsockHandler, OfferId, PostError, Posted,
-    SignalError, SlotId, Usage,
-};
-use vmbus_memory::{GuestMemory, MappingBudget};
+use kmcl::bus::{Bus, BusEvent, Endpoint, EventSink, Offer, OpenRings, Target};
+use vmbus_host::limits::MAX_WAITING_EFFECTS;
+use vmbus_host::{HvsockConnect, HvsockHandler, OfferId, PostError, SignalError};
+use vmbus_memory::GuestMemory;
 use vmbus_wire::status::NtStatus;
 
 use crate::bytes::*;
 use crate::machine::{RAM, SLOT, SUCCESS, TYPE, VP_COUNT, instance};
-
-const RING: u32 = 5;
-const PAGES: [u64; 8] = [10, 11, 12, 13, 20, 21, 22, 23];
-const NONE: [Vec<u8>; 0] = [];
-const MAPPINGS: usize = 64;
-
-/// A guest's machine as a port shows it, and what was done to it.
-struct FakePort {
-    machine: Mutex<FakeMachine>,
-    signals: Arc<Mutex<Vec<(u32, u8, u16)>>>,
-}
-
-#[derive(Default)]
-struct FakeMachine {
-    memory: Option<GuestMemory>,
-    /// Messages delivered.
-    messages: Vec<(SlotId, Vec<u8>)>,
-    /// Slots that take no message.
-    full: Vec<SlotId>,
-    listening: BTreeMap<u32, Arc<dyn Doorbell>>,
-    cannot_listen: bool,
-    cannot_signal: bool,
-    /// Called in the middle of the next delivery.
-    during_post: Option<Box<dyn FnOnce() + Send>>,
-    during_listen: Option<Box<dyn FnOnce() + Send>>,
-}
-
-impl FakePort {
-    fn machine(&self) -> MutexGuard<'_, FakeMachine> {
-        self.machine.lock().unwrap()
-    }
-}
-
-struct FlagSignal {
-    flag: (u32, u8, u16),
-    signals: Arc<Mutex<Vec<(u32, u8, u16)>>>,
-}
-
-impl Signal for FlagSignal {
-    fn signal(&self) {
-        self.signals.lock().unwrap().push(self.flag);
-    }
-}
-
-fn no_room() -> io::Error {
-    io::Error::from(io::ErrorKind::OutOfMemory)
-}
-
-impl GuestPort for FakePort {
-    fn memory(&self) -> Option<GuestMemory> {
-        self.machine().memory.clone()
-    }
-
-    fn vp_count(&self) -> u32 {
-        VP_COUNT
-    }
-
-    fn post_message(&self, slot: SlotId, message: &[u8]) -> Posted {
-        let is_full = self.machine().full.contains(&slot);
-        let during = self.machine().during_post.take();
-        if let Some(during) = during {
-            during();
-        }
-        if is_full {
-            return Posted::Busy;
-        }
-        self.machine().messages.push((slot, message.to_vec()));
-        Posted::Taken
-    }
-
-    fn event_flag(&self, vp: u32, sint: u8, flag: u16) -> io::Result<Arc<dyn Signal>> {
-        if self.machine().cannot_signal {
-            return Err(no_room());
-        }
-        let signals = Arc::clone(&self.signals);
-        Ok(Arc::new(FlagSignal { flag: (vp, sint, flag), signals }))
-    }
-
-    fn listen(&self, connection_id: u32, doorbell: Arc<dyn Doorbell>) -> io::Result<()> {
-        let during = self.machine().during_listen.take();
-        if let Some(during) = during {
-            during();
-        }
-        if self.machine().cannot_listen {
-            return Err(no_room());
-        }
-        assert!(self.machine().listening.insert(connection_id, doorbell).is_none());
-        Ok(())
-    }
-
-    fn unlisten(&self, connection_id: u32) {
-        assert!(self.machine().listening.remove(&connection_id).is_some());
-    }
-}
-
-#[derive(Default)]
-struct Bell(AtomicU32);
-
-impl Doorbell for Bell {
-    fn ring(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn event_fd(&self) -> io::Result<BorrowedFd<'_>> {
-        Err(io::Error::from(io::ErrorKind::Unsupported))
-    }
-}
-
-/// The events that a device has got and not looked at.
-struct Events(Box<dyn Fn() -> Vec<BusEvent> + Send + Sync>);
-
-impl Events {
-    fn take(&self) -> Vec<BusEvent> {
-        (self.0)()
-    }
-}
-
-/// A device that answers when the test says so.
-struct Device {
-    link: Box<dyn ServerLink>,
-    events: Events,
-    bell: Arc<Bell>,
-}
-
-impl Device {
-    fn rings(&self) -> OpenRings {
-        let mut events = self.events.take();
-        match (events.pop(), events.len()) {
-            (Some(BusEvent::Opened(rings)), 0) => rings,
-            (last, others) => panic!("no open: {others} events, then {}", last.is_some()),
-        }
-    }
-
-    fn is_told_of_the_close(&self) -> bool {
-        matches!(self.events.take()[..], [BusEvent::PeerClosed])
-    }
-
-    fn hears_nothing(&self) -> bool {
-        self.events.take().is_empty()
-    }
-
-    fn rung(&self) -> u32 {
-        self.bell.0.swap(0, Ordering::Relaxed)
-    }
-}
-
-struct World {
-    bus: HostBus,
-    port: Arc<FakePort>,
-    memory: GuestMemory,
-    budget: MappingBudget,
-}
-
-impl World {
-    fn new() -> Self {
-        let memory = GuestMemory::memfd(RAM[0].1).unwrap();
-        let machine = FakeMachine { memory: Some(memory.clone()), ..FakeMachine::default() };
-        let port = Arc::new(FakePort { machine: Mutex::new(machine), signals: Arc::default() });
-        let budget = MappingBudget::new(MAPPINGS);
-        let port_of_bus: Arc<dyn GuestPort> = Arc::clone(&port) as _;
-        let bus = HostBus::with_budget(port_of_bus, Config::default(), budget.clone());
-        Self { bus, port, memory, budget }
-    }
-
-    /// With one device that the guest has been told of, as channel 1.
-    fn connected(version: u32) -> (Self, Device) {
-        let world = Self::new();
-        let device = world.offer(1);
-        world.post(&plain_contact(version, 0));
-        world.post(&request_offers());
-        assert_eq!(world.messages().len(), 3);
-        (world, device)
-    }
-
-    fn offer(&self, number: u32) -> Device {
-        let (events, recorder) = EventSink::recorder();
-        let bell = Arc::new(Bell::default());
-        let endpoint = Endpoint { events, doorbell: Arc::clone(&bell) as _ };
-        let link = self.bus.offer(Offer::new(TYPE, instance(number)), endpoint).unwrap();
-        Device { link, events: Events(Box::new(move || recorder.take())), bell }
-    }
-
-    #[track_caller]
-    fn post(&self, message: &[u8]) {
-        let newer = u32_at(message, 0) == 14 && u32_at(message, 8) >= V5_0;
-        assert_eq!(self.bus.post_message(if newer { 4 } else { 1 }, message), Ok(()));
-    }
-
-    fn messages(&self) -> Vec<Vec<u8>> {
-        let messages = std::mem::take(&mut self.port.machine().messages);
-        assert!(messages.iter().all(|(slot, _)| *slot == SLOT), "{messages:?}");
-        messages.into_iter().map(|(_, message)| message).collect()
-    }
-
-    fn signals(&self) -> Vec<(u32, u8, u16)> {
-        std::mem::take(&mut *self.port.signals.lock().unwrap())
-    }
-
-    #[track_caller]
-    fn open(&self, device: &Device, channel: u32) -> OpenRings {
-        whole_pages(channel, RING, &PAGES).iter().for_each(|message| self.post(message));
-        self.post(&open(channel, 0x77, RING, 3, 4));
-        let rings = device.rings();
-        device.link.open_result(NtStatus::SUCCESS);
-        let expected = [gpadl_created(channel, RING, SUCCESS), open_result(channel, 0x77, SUCCESS)];
-        assert_eq!(self.messages(), expected);
-        rings
-    }
-
-    /// Nothing of the guest's is in use any more.
-    #[track_caller]
-    fn nothing_left(&self, channels: usize) {
-        assert_eq!(self.bus.usage(), Usage { channels, ..Usage::default() });
-        assert_eq!(self.bus.active_channels(), 0);
-        assert_eq!(self.budget.left(), MAPPINGS, "mappings");
-        assert_eq!(self.port.machine().listening.len(), 0);
-        self.bus.inspect(|host| assert_eq!(host.violations(), Vec::<String>::new()));
-    }
-}
+use crate::world::*;
 
 #[test]
 fn a_device_gets_rings_signals_and_memory() {
@@ -369,6 +143,53 @@ fn a_port_may_call_the_bus_from_inside() {
     device.link.open_result(NtStatus::UNSUCCESSFUL);
     assert_eq!(world.messages(), NONE);
     world.nothing_left(1);
+}
+
+#[test]
+fn a_port_that_takes_long_is_not_flooded() {
+    let world = World::new();
+    let devices = [1, 2].map(|number| world.offer(number));
+    world.post(&plain_contact(V4_1, 0)); // whose changes of VP are not answered
+    world.post(&request_offers());
+    world.messages();
+    let _rings = world.open(&devices[0], 1);
+    whole_pages(2, RING, &PAGES).iter().for_each(|message| world.post(message));
+    let bus = world.bus.clone();
+    world.port.machine().during_listen = Some(Box::new(move || {
+        let taken = (0..u32::MAX).take_while(|_| bus.guest_message(&modify(1, 2)).is_ok()).count();
+        assert_eq!(taken, MAX_WAITING_EFFECTS);
+        let busy = PostError::Busy { waiting: MAX_WAITING_EFFECTS };
+        assert_eq!(bus.guest_message(&modify(1, 2)), Err(busy));
+    }));
+    world.post(&open(2, 0x77, RING, 0, 4));
+    world.post(&modify(1, 2));
+    drop(devices[1].rings());
+}
+
+#[test]
+fn an_open_of_a_guest_that_has_gone_is_not_made_in_the_next_one_s_memory() {
+    let world = World::new();
+    let devices = [1, 2].map(|number| world.offer(number));
+    world.post(&plain_contact(V5_3, 0));
+    world.post(&request_offers());
+    for channel in [1, 2] {
+        whole_pages(channel, RING, &PAGES).iter().for_each(|message| world.post(message));
+    }
+    world.messages();
+    let (bus, port) = (world.bus.clone(), Arc::clone(&world.port));
+    world.port.machine().during_listen = Some(Box::new(move || {
+        bus.guest_message(&open(2, 0x77, RING, 0, 4)).unwrap();
+        port.machine().memory = Some(GuestMemory::memfd(RAM[0].1).unwrap());
+        bus.guest_reset();
+    }));
+    world.post(&open(1, 0x77, RING, 0, 4));
+    assert!(devices[1].hears_nothing());
+    assert!(matches!(devices[0].events.take()[..], [BusEvent::Opened(_), BusEvent::PeerClosed]));
+    devices[0].link.open_result(NtStatus::SUCCESS);
+    devices[0].link.closed();
+    world.post(&plain_contact(V5_3, 0));
+    assert_eq!(world.messages(), [accepted(V5_3)], "it does not wait for the second device");
+    world.nothing_left(2);
 }
 
 #[test]

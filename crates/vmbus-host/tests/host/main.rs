@@ -11,9 +11,11 @@ mod machine;
 
 mod back_pressure;
 mod bus;
+mod channel;
 mod connections;
 mod life_cycle;
 mod negotiation;
 mod random;
 mod refusals;
 mod scenarios;
+mod world;
