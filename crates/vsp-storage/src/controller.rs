@@ -296,6 +296,7 @@ impl Core {
                     PacketForm::Full => FORM_FULL,
                     PacketForm::Compact => FORM_COMPACT,
                 };
+                self.luns().forget_changes();
                 self.form.store(form, Ordering::Release);
             }
             Effect::OfferSubChannels(count) => {

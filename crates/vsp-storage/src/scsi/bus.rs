@@ -130,6 +130,13 @@ impl LunTable {
         }
     }
 
+    /// Forgets what the LUNs have to report: a guest that is new has seen nothing else.
+    pub(crate) fn forget_changes(&self) {
+        for lun in &self.luns {
+            lun.take_attention();
+        }
+    }
+
     /// What a command to `address` comes to. The disk it is for comes along, if there is one.
     pub(crate) fn plan(
         &self,
