@@ -1,1 +1,55 @@
-//! VMBus between two processes: memory in a memfd, signals by eventfd, messages over a Unix socket
+//! VMBus between two processes: a host that serves devices, and a guest that uses them, on one Linux
+//! machine, without a hypervisor.
+//!
+//! The guest donates its memory, a sealed memfd. Control messages are frames over a Unix socket
+//! (`SOCK_SEQPACKET`); signals are eventfds that each side gives the other; packets are in rings in the
+//! guest's memory, and do not pass through here.
+//!
+//! | module | one idea |
+//! |---|---|
+//! | `host` | [`UnixHost`]: a socket at a path, one guest after another, one [`HostBus`](vmbus_host::HostBus) |
+//! | `guest` | [`UnixGuest`]: a connection to it, and a [`GuestBus`](vmbus_guest::GuestBus) |
+//! | [`frame`] | what goes over the socket |
+//! | `handshake` | how the two get to know each other |
+//! | `link` | frames and descriptors in and out, in order and bounded |
+//! | `event` | eventfds shared with a process that is not trusted |
+//! | `listener` | the socket in the file system |
+//!
+//! # How a channel gets its signals
+//!
+//! ```text
+//! guest                                            host
+//!   │── Post OPEN_CHANNEL + the client's doorbell ──▶│  rings it for the guest
+//!   │◀─ Posted ──────────────────────────────────────│
+//!   │◀─ Listening + the server's doorbell ───────────│  the device is asked whether it opens
+//!   │◀─ Message OPEN_CHANNEL_RESULT ─────────────────│
+//! ```
+//!
+//! From then on each side writes to the other's eventfd: no frame, and no third thread, is between a
+//! packet and whoever waits for it.
+//!
+//! # What is bounded
+//!
+//! One guest at a time; [`MAX_HANDSHAKES`] processes that have not introduced themselves, each for
+//! [`HostOptions::handshake_timeout`]; one post of the guest on its way, whose answer must be taken
+//! before the next is read; a message of the host waits in the bus ([`vmbus_host::limits`]) until the
+//! socket takes it; descriptors of the guest, one per channel.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod event;
+pub mod frame;
+mod guest;
+mod handshake;
+mod host;
+mod link;
+mod listener;
+mod poller;
+#[cfg(test)]
+mod tests;
+mod timer;
+
+pub use error::{BindError, ConnectError, ConnectionError, FrameError, Reason};
+pub use guest::{GuestOptions, UnixGuest};
+pub use host::{HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES, Peer, UnixHost};

@@ -25,7 +25,10 @@ pub(super) struct InterruptPage(Arc<PageRun>);
 
 impl InterruptPage {
     pub(super) fn allocate(pages: &PageAllocator) -> Result<Self, MemoryError> {
-        let page = pages.allocate(1)?;
+        let mut page = pages.allocate(1)?;
+        if page.gpa() == 0 {
+            page = pages.allocate(1)?; // in a message, address 0 means that there is none
+        }
         page.slice()?.fill(0);
         Ok(Self(Arc::new(page)))
     }

@@ -407,7 +407,7 @@ fn old_versions_signal_by_the_interrupt_page() {
         let rings = clients[2].open().unwrap();
         rings.signal.signal();
         assert_eq!(host.signal.get(), 1, "{version}");
-        let page = 0; // the first page of all
+        let page = 4096; // the first page whose address is not 0, which would mean "none"
         let to_host: u32 = bus.memory().read_obj(page + 2048).unwrap();
         assert_eq!(to_host, 1 << 3, "{version}");
 

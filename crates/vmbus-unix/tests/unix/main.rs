@@ -1,0 +1,9 @@
+//! Two ends of a transport, with devices on one and drivers on the other: in one process, and in two
+//! of which one is killed.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests stop at surprises")]
+
+mod ends;
+mod killed;
+mod serve;
+mod versions;
