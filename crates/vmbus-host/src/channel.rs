@@ -5,7 +5,7 @@
 //!
 //! Source: vmbus-wire section 3, "Sequences".
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kmcl::bus::USER_DATA_SIZE;
 
@@ -300,22 +300,23 @@ impl Channels {
         if ids != self.by_channel_id || ids.len() != self.table.len() {
             wrong.push(format!("channel ids {ids:?}, on the books {:?}", self.by_channel_id));
         }
+        let mut names = BTreeSet::new();
+        let mut connections = BTreeSet::new();
         for (id, channel) in &self.table {
             if !(1..=MAX_CHANNEL_ID).contains(&channel.channel_id) || id.0 > self.offers_made {
                 wrong.push(format!("{id:?} has channel id {}", channel.channel_id));
             }
-            let withdrawn = matches!(channel.offer, OfferState::Rescinded | OfferState::Released);
-            if !withdrawn && self.standing(channel.params.key) != Some(*id) {
+            let stands = matches!(channel.offer, OfferState::Hidden | OfferState::Offered);
+            if stands && !names.insert(channel.params.key) {
                 wrong.push(format!("{id:?} stands beside another offer of its name"));
             }
             if let Some(told) = impossible(channel) {
                 wrong.push(format!("{id:?} is {:?} and {told}", channel.offer));
             }
-            if let Some(connection) = channel.signal_connection() {
-                let same = |other: &&Channel| other.signal_connection() == Some(connection);
-                if self.table.values().filter(same).count() > 1 {
-                    wrong.push(format!("{id:?} shares signal connection {connection:#x}"));
-                }
+            if let Some(connection) = channel.signal_connection()
+                && !connections.insert(connection)
+            {
+                wrong.push(format!("{id:?} shares signal connection {connection:#x}"));
             }
         }
         wrong

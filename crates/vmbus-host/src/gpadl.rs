@@ -404,9 +404,12 @@ impl Gpadls {
             wrong.push(format!("{all} GPADLs, {incomplete} incomplete"));
         }
         let mut assembling = BTreeMap::new();
+        let mut counts = BTreeMap::new();
         for ((offer, id), entry) in &self.table {
-            if self.of_channel(*offer).count() > MAX_GPADLS_PER_CHANNEL {
-                wrong.push(format!("too many GPADLs on {offer:?}"));
+            let count = counts.entry(*offer).or_insert(0);
+            *count += 1;
+            if *count > MAX_GPADLS_PER_CHANNEL {
+                wrong.push(format!("{count} GPADLs on {offer:?}"));
             }
             if let GpadlState::Assembling(assembly) = &entry.state {
                 assembling.insert(*id, *offer);

@@ -41,6 +41,27 @@ impl Default for Config {
 /// is: two hosts that were given the same events in the same order are equal.
 ///
 /// Devices are known by [`OfferId`]; whoever runs the machine keeps what belongs to them.
+///
+/// ```
+/// use vmbus_host::{Config, GuestShape, Host, MESSAGE_CONNECTION, RamMap};
+/// use vmbus_wire::message::{GuestMessage, InitiateContact, MessageType};
+/// use vmbus_wire::version::Version;
+///
+/// let ram = RamMap::new([(0, 64 << 20)]);
+/// let mut host = Host::new(Config::default(), GuestShape { vp_count: 1, ram });
+/// let mut effects = Vec::new();
+///
+/// let contact = InitiateContact::with_interrupt_page(Version::V4_0, 0, 0);
+/// let message = GuestMessage::InitiateContact(contact).to_buffer();
+/// host.guest_message(MESSAGE_CONNECTION, &message, &mut effects)?;
+///
+/// let answer = host.next_message(&[]).ok_or("a contact is always answered")?;
+/// assert_eq!(answer.message[0], MessageType::VersionResponse as u8);
+/// let serial = answer.serial;
+/// host.message_taken(serial);
+/// assert!(host.connection().established().is_some());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Host {
     pub(crate) config: Config,

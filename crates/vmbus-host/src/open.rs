@@ -95,7 +95,11 @@ impl Host {
         let offer = self.known_channel(message, channel_id)?;
         let Some(channel) = self.channels.get(offer) else { return Ok(()) };
         if channel.offer == OfferState::Rescinded {
-            return Ok(()); // it has crossed the rescind, which says it all
+            // It has crossed the rescind, which says it all; but a crashed guest reads no rescinds.
+            if matches!(open.kind, OpenKind::Reserved { .. }) {
+                self.send_open_result(channel_id, open.kind, NtStatus::DEVICE_REMOVED);
+            }
+            return Ok(());
         }
         if !matches!(channel.open, OpenState::Closed | OpenState::Closing(_)) {
             let state = channel.open.name();

@@ -321,6 +321,43 @@ fn a_device_that_is_dropped_is_withdrawn() {
 }
 
 #[test]
+fn a_device_that_is_dropped_while_the_guest_waits_to_open_it_again() {
+    let (world, device) = World::connected(V5_3);
+    drop(world.open(&device, 1));
+    world.post(&close(1));
+    world.post(&open(1, 0x78, RING, 0, 4));
+    assert!(device.is_told_of_the_close());
+    drop(device);
+    let removed = NtStatus::DEVICE_REMOVED.0;
+    assert_eq!(world.messages(), [open_result(1, 0x78, removed), rescind(1)]);
+    world.post(&release(1));
+    world.nothing_left(0);
+}
+
+#[test]
+fn a_device_that_has_let_go_by_itself_is_not_told_of_the_close() {
+    let world = World::new();
+    let [first, second] = [1, 2].map(|number| world.offer(number));
+    world.post(&plain_contact(V5_3, 0));
+    world.post(&request_offers());
+    world.messages();
+    drop(world.open(&first, 1));
+    whole_pages(2, RING, &PAGES).iter().for_each(|message| world.post(message));
+    // The two cross while the bus is busy with another channel.
+    let bus = world.bus.clone();
+    let Device { link, events, .. } = first;
+    world.port.machine().during_listen = Some(Box::new(move || {
+        bus.guest_message(&close(1)).unwrap();
+        link.closed();
+        std::mem::forget(link); // keeps the offer
+    }));
+    world.post(&open(2, 0x77, RING, 0, 4));
+    drop(second.rings());
+    assert!(events.take().is_empty());
+    assert_eq!(world.bus.active_channels(), 1, "but its signals are off");
+}
+
+#[test]
 fn a_device_looks_up_the_gpadls_of_its_channel() {
     let (world, device) = World::connected(V5_3);
     let _rings = world.open(&device, 1);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use kmcl::bus::{
@@ -23,6 +23,8 @@ pub(crate) const MAPPINGS: usize = 64;
 
 /// A guest's machine as a port shows it, and what was done to it.
 pub(crate) struct FakePort {
+    /// A call of the bus is in progress: there is one at a time.
+    busy: AtomicBool,
     pub(crate) machine: Mutex<FakeMachine>,
     pub(crate) signals: Arc<Mutex<Vec<(u32, u8, u16)>>>,
 }
@@ -42,7 +44,21 @@ pub(crate) struct FakeMachine {
     pub(crate) during_listen: Option<Box<dyn FnOnce() + Send>>,
 }
 
+/// A call in progress.
+struct Call<'a>(&'a AtomicBool);
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 impl FakePort {
+    fn call(&self) -> Call<'_> {
+        assert!(!self.busy.swap(true, Ordering::Acquire), "two calls at a time");
+        Call(&self.busy)
+    }
+
     pub(crate) fn machine(&self) -> MutexGuard<'_, FakeMachine> {
         self.machine.lock().unwrap()
     }
@@ -73,6 +89,7 @@ impl GuestPort for FakePort {
     }
 
     fn post_message(&self, slot: SlotId, message: &[u8]) -> Posted {
+        let _call = self.call();
         let is_full = self.machine().full.contains(&slot);
         let during = self.machine().during_post.take();
         if let Some(during) = during {
@@ -86,6 +103,7 @@ impl GuestPort for FakePort {
     }
 
     fn event_flag(&self, vp: u32, sint: u8, flag: u16) -> io::Result<Arc<dyn Signal>> {
+        let _call = self.call();
         if self.machine().cannot_signal {
             return Err(no_room());
         }
@@ -94,6 +112,7 @@ impl GuestPort for FakePort {
     }
 
     fn listen(&self, connection_id: u32, doorbell: Arc<dyn Doorbell>) -> io::Result<()> {
+        let _call = self.call();
         let during = self.machine().during_listen.take();
         if let Some(during) = during {
             during();
@@ -106,6 +125,7 @@ impl GuestPort for FakePort {
     }
 
     fn unlisten(&self, connection_id: u32) {
+        let _call = self.call();
         assert!(self.machine().listening.remove(&connection_id).is_some());
     }
 }
@@ -172,7 +192,11 @@ impl World {
     pub(crate) fn new() -> Self {
         let memory = GuestMemory::memfd(RAM[0].1).unwrap();
         let machine = FakeMachine { memory: Some(memory.clone()), ..FakeMachine::default() };
-        let port = Arc::new(FakePort { machine: Mutex::new(machine), signals: Arc::default() });
+        let port = Arc::new(FakePort {
+            busy: AtomicBool::new(false),
+            machine: Mutex::new(machine),
+            signals: Arc::default(),
+        });
         let budget = MappingBudget::new(MAPPINGS);
         let port_of_bus: Arc<dyn GuestPort> = Arc::clone(&port) as _;
         let bus = HostBus::with_budget(port_of_bus, Config::default(), budget.clone());
