@@ -50,7 +50,7 @@ pub(crate) struct Shared {
     pub(crate) control_thread: AtomicUsize,
     /// Mirrors the life cycle's state, for looks without the lock.
     pub(crate) state: AtomicU8,
-    receiver: Mutex<Slot>,
+    receiver: Mutex<Post>,
     receiver_back: Condvar,
     /// The thread inside a packet callback, or 0.
     batch_thread: AtomicUsize,
@@ -59,6 +59,8 @@ pub(crate) struct Shared {
     /// Cleared when the receiver has to stop after the present packet.
     queue_on: AtomicBool,
     requires_passive: AtomicBool,
+    /// Its driver looks by itself: the peer need not signal.
+    polled: AtomicBool,
     memory_arrived: AtomicBool,
     /// A packet callback has handed its packet back, or stopped the channel.
     callback_asked: AtomicBool,
@@ -70,6 +72,14 @@ pub(crate) struct Shared {
     pointer: AtomicUsize,
     /// Numbers the packets of synchronous requests.
     pub(crate) tags: AtomicU64,
+}
+
+/// Where the receiver is kept while nobody processes.
+struct Post {
+    slot: Slot,
+    /// Threads that wait for it to come back. Waking a condition variable costs a system call,
+    /// whether somebody waits or not.
+    waiting: u32,
 }
 
 /// Where the receiver is.
@@ -111,12 +121,13 @@ impl Channel {
                 control: Mutex::new(Control::new(side)),
                 control_thread: AtomicUsize::new(0),
                 state: AtomicU8::new(ChannelState::Disabled as u8),
-                receiver: Mutex::new(Slot::Absent),
+                receiver: Mutex::new(Post { slot: Slot::Absent, waiting: 0 }),
                 receiver_back: Condvar::new(),
                 batch_thread: AtomicUsize::new(0),
                 work: AtomicBool::new(false),
                 queue_on: AtomicBool::new(false),
                 requires_passive: AtomicBool::new(false),
+                polled: AtomicBool::new(false),
                 memory_arrived: AtomicBool::new(false),
                 callback_asked: AtomicBool::new(false),
                 stopped: AtomicBool::new(false),
@@ -366,6 +377,13 @@ impl Channel {
         self.shared.mailbox.set_waker(None);
     }
 
+    /// Says that [`Self::process`] is called again and again without waiting: the peer is asked not to
+    /// signal, and its packets cost no interrupt and no system call. Off by default. Whoever turns it
+    /// off to wait calls [`Self::process`] once more before. An extension.
+    pub fn set_polled(&self, polled: bool) {
+        self.shared.polled.store(polled, Ordering::SeqCst);
+    }
+
     /// Does what is to be done, on a thread that may sleep: life-cycle steps with their callbacks,
     /// and up to `budget` packets. Returns at once when another thread is at it.
     pub fn process(&self, budget: u32) -> Progress {
@@ -418,19 +436,25 @@ impl Channel {
     }
 
     fn take_receiver(&self) -> Option<Box<Receiver>> {
-        let mut slot = lock(&self.shared.receiver);
-        match std::mem::replace(&mut *slot, Slot::Taken) {
+        let mut post = lock(&self.shared.receiver);
+        match std::mem::replace(&mut post.slot, Slot::Taken) {
             Slot::Here(receiver) => Some(receiver),
             other => {
-                *slot = other;
+                post.slot = other;
                 None
             }
         }
     }
 
     fn put_receiver(&self, receiver: Box<Receiver>) {
-        *lock(&self.shared.receiver) = Slot::Here(receiver);
-        self.shared.receiver_back.notify_all();
+        let waiting = {
+            let mut post = lock(&self.shared.receiver);
+            post.slot = Slot::Here(receiver);
+            post.waiting
+        };
+        if waiting != 0 {
+            self.shared.receiver_back.notify_all();
+        }
     }
 
     /// Waits until no packet callback runs, then changes the receiver; `None` takes it away.
@@ -438,15 +462,17 @@ impl Channel {
         &self,
         change: impl FnOnce(Option<Box<Receiver>>) -> Option<Box<Receiver>>,
     ) {
-        let mut slot = lock(&self.shared.receiver);
-        while matches!(*slot, Slot::Taken) {
-            slot = self.shared.receiver_back.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        let mut post = lock(&self.shared.receiver);
+        while matches!(post.slot, Slot::Taken) {
+            post.waiting += 1;
+            post = self.shared.receiver_back.wait(post).unwrap_or_else(PoisonError::into_inner);
+            post.waiting -= 1;
         }
-        let before = match std::mem::replace(&mut *slot, Slot::Absent) {
+        let before = match std::mem::replace(&mut post.slot, Slot::Absent) {
             Slot::Here(receiver) => Some(receiver),
             Slot::Absent | Slot::Taken => None,
         };
-        *slot = change(before).map_or(Slot::Absent, Slot::Here);
+        post.slot = change(before).map_or(Slot::Absent, Slot::Here);
     }
 
     /// Lets packets be delivered, or stops it and waits until none is.
@@ -555,6 +581,10 @@ impl Channel {
     /// Whether packets are delivered. Only meaningful to the thread that steps the life cycle.
     pub(crate) fn queue_is_on(&self) -> bool {
         self.shared.queue_on.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_polled(&self) -> bool {
+        self.shared.polled.load(Ordering::Relaxed)
     }
 
     pub(crate) fn requires_passive(&self) -> bool {

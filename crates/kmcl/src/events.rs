@@ -115,6 +115,8 @@ struct Inner {
     waker: Option<Waker>,
     /// Counts rings of the bell: a waiter that saw n sleeps only while it is still n.
     rung: u64,
+    /// Threads that wait for the bell: without any, ringing it costs no system call.
+    sleepers: u32,
 }
 
 impl Mailbox {
@@ -196,15 +198,20 @@ impl Mailbox {
     pub(crate) fn notify(&self) {
         let mut inner = self.lock();
         inner.rung = inner.rung.wrapping_add(1);
+        let sleepers = inner.sleepers;
         drop(inner);
-        self.bell.notify_all();
+        if sleepers != 0 {
+            self.bell.notify_all();
+        }
     }
 
     fn ring(&self, mut inner: MutexGuard<'_, Inner>) {
         inner.rung = inner.rung.wrapping_add(1);
-        let waker = inner.waker.clone();
+        let (waker, sleepers) = (inner.waker.clone(), inner.sleepers);
         drop(inner);
-        self.bell.notify_all();
+        if sleepers != 0 {
+            self.bell.notify_all();
+        }
         if let Some(waker) = waker {
             waker.wake(); // foreign code: never under our lock
         }
@@ -218,6 +225,7 @@ impl Mailbox {
     /// Sleeps until the bell has rung more often than `seen`, or `limit` is over.
     pub(crate) fn wait(&self, seen: u64, limit: Option<Duration>) {
         let mut inner = self.lock();
+        inner.sleepers += 1;
         while inner.rung == seen {
             match limit {
                 None => inner = self.bell.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -228,11 +236,12 @@ impl Mailbox {
                         .unwrap_or_else(PoisonError::into_inner);
                     inner = guard;
                     if timeout.timed_out() {
-                        return;
+                        break;
                     }
                 }
             }
         }
+        inner.sleepers -= 1;
     }
 
     pub(crate) fn set_waker(&self, waker: Option<Waker>) {

@@ -132,6 +132,7 @@ impl Receiver {
                     return turn;
                 }
                 End::Full => {}
+                End::Empty if channel.is_polled() => return turn,
                 End::Empty => match self.reader.unmask_and_check() {
                     // More has come between the last look and the unmasking: nobody will signal it.
                     Ok(true) => self.reader.mask(),

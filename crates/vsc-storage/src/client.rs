@@ -50,6 +50,8 @@ pub struct StorageClient {
     /// The primary channel, then subchannels.
     channels: Vec<Channel>,
     phase: Phase,
+    /// Its user calls `process` again and again.
+    polled: bool,
     pub(crate) requests: Requests,
     /// Buffers of finished blocking calls, for the next ones.
     pub(crate) spare_buffers: Vec<Buffer>,
@@ -80,6 +82,7 @@ impl StorageClient {
             driver: Driver::new()?,
             channels: Vec::new(),
             phase: Phase::Opening,
+            polled: false,
             requests,
             spare_buffers: Vec::new(),
             scratch: Vec::new(),
@@ -268,13 +271,32 @@ impl StorageClient {
         }
     }
 
+    /// Says that [`Self::process`] is called again and again: the server is asked not to signal, and
+    /// its answers cost no system call. Waiting turns it off.
+    pub fn set_polled(&mut self, polled: bool) {
+        self.polled = polled;
+        for channel in &self.channels {
+            channel.set_polled(polled);
+        }
+    }
+
+    /// Sleeps until there is something to do, at most `limit`. A client that was polled looks once
+    /// more instead, so that the server knows that it has to signal from now on.
+    fn sleep(&mut self, limit: Duration) -> Result<(), Error> {
+        if self.polled {
+            self.set_polled(false);
+            return Ok(());
+        }
+        self.driver.wait(limit, &self.channels)
+    }
+
     /// Waits until there is something to do, at most `limit`, and does it. Returns whether there is
     /// more to do at once.
     ///
     /// # Errors
     /// As for [`Self::process`]; [`Error::System`].
     pub fn wait(&mut self, limit: Duration) -> Result<bool, Error> {
-        self.driver.wait(limit, &self.channels)?;
+        self.sleep(limit)?;
         self.process()
     }
 
@@ -314,7 +336,7 @@ impl StorageClient {
             if left.is_zero() {
                 return Err(Error::Timeout(limit));
             }
-            self.driver.wait(left, &self.channels)?;
+            self.sleep(left)?;
         }
     }
 

@@ -129,7 +129,6 @@ pub enum Error {
 
 /// What a device said about a command that it did not do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[non_exhaustive]
 pub struct ScsiError {
     /// The logical unit.
     pub address: ScsiAddress,

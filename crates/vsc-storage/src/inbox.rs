@@ -78,10 +78,11 @@ impl Inbox {
 impl PacketCompletion for Inbox {
     fn completed(&self, packet: Packet, status: NtStatus, payload: &[u8]) {
         let mut ended = Ended { packet, status, answer: [0; MAX_PACKET_BYTES], answer_len: 0 };
-        for (to, from) in ended.answer.iter_mut().zip(payload) {
-            *to = *from;
+        let len = payload.len().min(MAX_PACKET_BYTES);
+        if let (Some(to), Some(from)) = (ended.answer.get_mut(..len), payload.get(..len)) {
+            to.copy_from_slice(from);
+            ended.answer_len = len;
         }
-        ended.answer_len = payload.len().min(MAX_PACKET_BYTES);
         let mut contents = self.lock();
         if !contents.closed {
             contents.ended.push(ended);
