@@ -1,0 +1,162 @@
+//! A chunk: 24 bytes of header, a record's message, and a checksum over both.
+
+use zerocopy::byteorder::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::error::Damage;
+use crate::kind::RecordKind;
+use crate::limits::MAX_CHUNK_BYTES;
+
+/// The first four bytes of every chunk but the first.
+pub(crate) const MAGIC: [u8; 4] = *b"CHNK";
+
+/// Bytes of the checksum that ends every chunk, the first included: CRC-32C of all bytes before it.
+pub(crate) const CHECKSUM_BYTES: u32 = 4;
+
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+pub(crate) struct ChunkHeader {
+    magic: [u8; 4],
+    length: U32,   // bytes: this header, the message, the checksum
+    sequence: U32, // the stream's header is 0
+    previous: U32, // the checksum of the chunk before
+    kind: U16,
+    version: U16,
+    flags: U16,
+    reserved: U16,
+}
+const HEADER_BYTES: u32 = 24;
+const _: () = assert!(size_of::<ChunkHeader>() == HEADER_BYTES as usize);
+
+/// Bytes of a chunk beside the message.
+pub(crate) const OVERHEAD_BYTES: u32 = HEADER_BYTES + CHECKSUM_BYTES;
+
+/// Nothing comes after the chunk.
+const LAST: u16 = 1;
+/// A reader that does not know the record must refuse the stream.
+const MANDATORY: u16 = 2;
+const KNOWN_FLAGS: u16 = LAST | MANDATORY;
+
+/// What the header of a chunk says, apart from how long it is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Label {
+    pub(crate) sequence: u32,
+    /// Checksum of the chunk before.
+    pub(crate) previous: u32,
+    pub(crate) kind: RecordKind,
+    pub(crate) version: u16,
+    pub(crate) mandatory: bool,
+    pub(crate) last: bool,
+}
+
+/// A chunk whose length and checksum are right.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Framed<'a> {
+    pub(crate) label: Label,
+    /// Flags that no chunk has, and what is kept free.
+    pub(crate) strange: Option<Damage>,
+    /// All of it.
+    pub(crate) bytes: &'a [u8],
+    /// The message.
+    pub(crate) payload: &'a [u8],
+    pub(crate) checksum: u32,
+}
+
+/// The checksum that `chunk` ends with, and what the bytes before it come to.
+pub(crate) fn check_sum(chunk: &[u8]) -> Result<u32, Damage> {
+    let Some((content, stored)) = chunk.split_last_chunk() else {
+        let (needed, available) = (u64::from(CHECKSUM_BYTES), chunk.len() as u64);
+        return Err(Damage::Cut { needed, available });
+    };
+    let (stored, computed) = (u32::from_le_bytes(*stored), crc32c::crc32c(content));
+    if stored == computed { Ok(stored) } else { Err(Damage::Checksum { stored, computed }) }
+}
+
+/// Puts the checksum into the last bytes of `chunk`; `None` where it has no room for one.
+pub(crate) fn seal(chunk: &mut [u8]) -> Option<u32> {
+    let (content, room) = chunk.split_last_chunk_mut()?;
+    let checksum = crc32c::crc32c(content);
+    *room = checksum.to_le_bytes();
+    Some(checksum)
+}
+
+/// Looks at the header of a chunk at the start of `input`: how many bytes it has, all of them there.
+pub(crate) fn measure(input: &[u8]) -> Result<(ChunkHeader, &[u8]), Damage> {
+    let available = input.len() as u64;
+    if let Some(&found) = input.first_chunk()
+        && found != MAGIC
+    {
+        return Err(Damage::Magic { found });
+    }
+    let Ok((header, _)) = ChunkHeader::read_from_prefix(input) else {
+        return Err(Damage::Cut { needed: u64::from(OVERHEAD_BYTES), available });
+    };
+    let length = header.length.get();
+    if !(OVERHEAD_BYTES..=MAX_CHUNK_BYTES).contains(&length) {
+        let (least, most) = (OVERHEAD_BYTES, MAX_CHUNK_BYTES);
+        return Err(Damage::Length { found: length, least, most });
+    }
+    let whole = input.get(..length as usize);
+    let whole = whole.ok_or(Damage::Cut { needed: u64::from(length), available })?;
+    Ok((header, whole))
+}
+
+/// Takes the chunk at the start of `input` apart, once its length and checksum are right.
+#[inline]
+pub(crate) fn parse(input: &[u8]) -> Result<Framed<'_>, Damage> {
+    let (header, bytes) = measure(input)?;
+    let checksum = check_sum(bytes)?;
+    Ok(take_apart(&header, bytes, checksum))
+}
+
+/// Takes a measured chunk apart, whatever its checksum.
+pub(crate) fn take_apart<'a>(header: &ChunkHeader, bytes: &'a [u8], checksum: u32) -> Framed<'a> {
+    let flags = header.flags.get();
+    let content = bytes.len().saturating_sub(CHECKSUM_BYTES as usize);
+    let strange = if flags & !KNOWN_FLAGS != 0 {
+        Some(Damage::Flags { found: flags, known: KNOWN_FLAGS })
+    } else if header.reserved.get() != 0 {
+        Some(Damage::Reserved { found: u32::from(header.reserved.get()) })
+    } else {
+        None
+    };
+    Framed {
+        label: Label {
+            sequence: header.sequence.get(),
+            previous: header.previous.get(),
+            kind: RecordKind(header.kind.get()),
+            version: header.version.get(),
+            mandatory: flags & MANDATORY != 0,
+            last: flags & LAST != 0,
+        },
+        strange,
+        bytes,
+        payload: bytes.get(HEADER_BYTES as usize..content).unwrap_or_default(),
+        checksum,
+    }
+}
+
+/// The place for the message in `out`, which is the whole chunk.
+pub(crate) fn payload_mut(out: &mut [u8]) -> Option<&mut [u8]> {
+    let content = out.len().checked_sub(CHECKSUM_BYTES as usize)?;
+    out.get_mut(HEADER_BYTES as usize..content)
+}
+
+/// Puts header and checksum around the message that is in `out`; `None` where `out` is no chunk.
+#[inline]
+pub(crate) fn finish(out: &mut [u8], label: &Label) -> Option<u32> {
+    let last = if label.last { LAST } else { 0 };
+    let mandatory = if label.mandatory { MANDATORY } else { 0 };
+    let header = ChunkHeader {
+        magic: MAGIC,
+        length: U32::new(u32::try_from(out.len()).ok()?),
+        sequence: U32::new(label.sequence),
+        previous: U32::new(label.previous),
+        kind: U16::new(label.kind.0),
+        version: U16::new(label.version),
+        flags: U16::new(last | mandatory),
+        reserved: U16::ZERO,
+    };
+    out.first_chunk_mut::<{ HEADER_BYTES as usize }>()?.copy_from_slice(header.as_bytes());
+    seal(out)
+}
