@@ -12,6 +12,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 const ALL_LIBRARIES: &[&str] = &[
     "kmcl",
     "kmcl-worker",
+    "saved-state",
     "vmbus-guest",
     "vmbus-host",
     "vmbus-memory",
@@ -33,10 +34,12 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("vmbus-host", &["vmbus-wire", "vmbus-memory", "vmbus-ring", "kmcl"]),
     ("vmbus-guest", &["vmbus-wire", "vmbus-memory", "vmbus-ring", "kmcl"]),
     ("vmbus-unix", &["vmbus-wire", "vmbus-memory", "kmcl", "vmbus-host", "vmbus-guest"]),
+    ("saved-state", &["vmbus-wire"]),
     ("vstor-wire", &["vmbus-wire"]),
     ("vsp-storage", &["vmbus-wire", "vmbus-memory", "kmcl", "vstor-wire"]),
     ("vsc-storage", &["vmbus-wire", "vmbus-memory", "kmcl", "vstor-wire"]),
     ("kmcl-cli", ALL_LIBRARIES),
+    ("kmcl-examples", ALL_LIBRARIES),
     ("xtask", &[]),
 ];
 
@@ -76,7 +79,18 @@ const NO_SYSTEM_CALLS: &[(&str, &[&str])] = &[
 const NO_STD: &[&str] = &["vmbus-wire", "vstor-wire"];
 
 /// Crates that forbid unsafe code for good, beyond the workspace's denial.
-const FORBID_UNSAFE: &[&str] = &["vmbus-wire", "vstor-wire", "vmbus-ring"];
+const FORBID_UNSAFE: &[&str] = &[
+    "kmcl",
+    "kmcl-worker",
+    "saved-state",
+    "vmbus-guest",
+    "vmbus-host",
+    "vmbus-ring",
+    "vmbus-unix",
+    "vmbus-wire",
+    "vsc-storage",
+    "vstor-wire",
+];
 
 /// The only places whose sources may opt into unsafe code, module by module: a crate, and a folder
 /// in it.
