@@ -189,7 +189,7 @@ impl Channel {
     ///
     /// Source: VmbChannelPause; D-11.
     pub fn pause(&self) {
-        self.request_and_wait("pause", Event::Pause, ChannelState::Pausing);
+        self.request_and_wait("pause", Event::Pause);
     }
 
     /// Asks for the pause and does not wait for it: [`Self::state`] is Paused when it has come
@@ -204,7 +204,7 @@ impl Channel {
     ///
     /// Source: VmbChannelDisable.
     pub fn disable(&self) {
-        self.request_and_wait("disable", Event::Disable, ChannelState::Closing);
+        self.request_and_wait("disable", Event::Disable);
     }
 
     /// Asks for it and does not wait: [`Self::state`] is Disabled when it has come about.
@@ -359,7 +359,7 @@ impl Channel {
     /// Makes [`Self::doorbell_fd`] quiet until the next ring. Costs a system call, so only when it
     /// was found readable, and before [`Self::process`].
     pub fn acknowledge(&self) {
-        self.shared.doorbell.acknowledge();
+        self.shared.doorbell.event.acknowledge();
     }
 
     /// Names who drives this channel: `waker` is woken when [`Self::process`] is wanted for another
@@ -394,19 +394,21 @@ impl Channel {
     pub fn process_at(&self, level: Level, budget: u32) -> Progress {
         let mut progress = Progress::default();
         loop {
-            match level {
+            let at_rest = match level {
                 Level::Passive => self.drive_control(),
                 Level::Dispatch if self.shared.mailbox.is_waiting() => {
                     progress.needs_passive = true;
                     return progress;
                 }
-                Level::Dispatch => {}
-            }
+                Level::Dispatch => true,
+            };
             let turn = self.process_data(level, budget.saturating_sub(progress.packets));
             progress.packets += turn.packets;
             progress.more = turn.more;
             progress.needs_passive = turn.needs_passive;
-            if turn.more || turn.needs_passive || !self.shared.mailbox.is_waiting() {
+            // What has come meanwhile is for this call, unless somebody else is at it already.
+            let again = at_rest && self.shared.mailbox.is_waiting();
+            if turn.more || turn.needs_passive || !again {
                 return progress;
             }
         }
@@ -561,6 +563,8 @@ impl Channel {
         }
         self.shared.stopped.store(true, Ordering::SeqCst);
         self.shared.callback_asked.store(true, Ordering::Relaxed);
+        // Whoever waits for an answer waits in vain.
+        self.shared.mailbox.notify();
     }
 
     pub(crate) fn clear_stop(&self) {

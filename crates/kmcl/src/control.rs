@@ -43,6 +43,7 @@ pub(crate) struct Control {
 }
 
 /// The channel's end of the seam to its bus.
+#[derive(Clone)]
 pub(crate) enum Link {
     None,
     Server(Arc<dyn ServerLink>),
@@ -98,12 +99,8 @@ impl Channel {
         self.shared.control_thread.load(Ordering::Relaxed) == thread_mark::current()
     }
 
-    pub(crate) fn request_and_wait(
-        &self,
-        call: &'static str,
-        request: Event,
-        passing: ChannelState,
-    ) {
+    /// Asks for `request` and waits until it was handled and no delivered packet is waited for.
+    pub(crate) fn request_and_wait(&self, call: &'static str, request: Event) {
         if !self.allowed_here(call) {
             return;
         }
@@ -120,11 +117,18 @@ impl Channel {
                 let control = lock(&self.shared.control);
                 control.handled >= ticket
             };
-            if done && self.state() != passing {
+            // A pause that a disable of another thread overtakes waits with it.
+            if done && !matches!(self.state(), ChannelState::Pausing | ChannelState::Closing) {
                 return;
             }
             self.shared.mailbox.wait(seen, None);
         }
+    }
+
+    /// Whether something waits to be handled that ends the present connection.
+    pub(crate) fn is_ending(&self) -> bool {
+        let connection = lock(&self.shared.control).connection;
+        self.shared.mailbox.has_ending(connection)
     }
 
     /// Steps the life cycle here and now, where nobody else was named for that.
@@ -134,16 +138,21 @@ impl Channel {
         }
     }
 
-    /// Handles what is in the mailbox, unless another thread is at it.
-    pub(crate) fn drive_control(&self) {
-        // Inside a packet callback a step could wait for that very callback to return.
-        while self.shared.mailbox.is_waiting() && !self.in_packet_callback() {
-            let Some(_stepping) = Stepping::begin(self) else { return };
+    /// Handles what is in the mailbox. `false` where that is not for this call: another thread is at
+    /// it, or this one is inside a callback.
+    pub(crate) fn drive_control(&self) -> bool {
+        while self.shared.mailbox.is_waiting() {
+            // Inside a packet callback a step could wait for that very callback to return.
+            if self.in_packet_callback() {
+                return false;
+            }
+            let Some(_stepping) = Stepping::begin(self) else { return false };
             while let Some(letter) = self.shared.mailbox.take() {
                 self.handle(letter);
                 self.shared.mailbox.notify();
             }
         }
+        true
     }
 
     // ---- Letters ----------------------------------------------------------------------------------
@@ -208,8 +217,11 @@ impl Channel {
                 }
             };
             // While callbacks run the channel is seen on its way; it is seen to rest only after them.
+            // One that goes down takes no packet any more once the others are cancelled.
             if is_passing(state) {
                 self.show(state);
+            } else if state == ChannelState::Disabled && !effects.is_empty() {
+                self.show(ChannelState::Closing);
             }
             next = effects.into_iter().find_map(|effect| self.perform(effect));
             if next.is_none() {
@@ -279,6 +291,7 @@ impl Channel {
             Effect::ReportClosed => self.with_server_link(|link| link.closed()),
             Effect::Disconnect => self.disconnect(),
             Effect::CallPnpFailure => {
+                self.show(ChannelState::Disabled);
                 let status = lock(&self.shared.control).failure;
                 let failure = lock(&self.shared.settings).pnp_failure.clone();
                 if let Some(failure) = failure {
@@ -435,7 +448,7 @@ impl Channel {
         }
     }
 
-    fn with_server_link(&self, call: impl FnOnce(&dyn ServerLink)) {
+    pub(crate) fn with_server_link(&self, call: impl FnOnce(&dyn ServerLink)) {
         let link = match &lock(&self.shared.control).link {
             Link::Server(link) => Some(Arc::clone(link)),
             _ => None,
@@ -507,6 +520,6 @@ impl<'a> Stepping<'a> {
 impl Drop for Stepping<'_> {
     fn drop(&mut self) {
         self.0.shared.control_thread.store(0, Ordering::Release);
-        self.0.shared.mailbox.notify();
+        self.0.shared.mailbox.pass_on();
     }
 }

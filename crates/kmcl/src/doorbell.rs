@@ -1,4 +1,4 @@
-//! What the peer rings when it has put packets into our incoming ring.
+//! What the peer rings when it has put packets into our incoming ring, and the descriptor behind it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,20 +10,36 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2, write};
 use crate::bus::Doorbell;
 use crate::events::Mailbox;
 
-/// An eventfd made when somebody first asks for it; until then a ring wakes the channel's driver.
-pub(crate) struct EventDoorbell {
-    event: OnceLock<OwnedFd>,
-    mailbox: Arc<Mailbox>,
-}
+/// An eventfd, made when somebody first asks for it.
+#[derive(Default)]
+pub(crate) struct Event(OnceLock<OwnedFd>);
 
-impl EventDoorbell {
-    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
-        Self { event: OnceLock::new(), mailbox }
+impl Event {
+    /// The descriptor, if there is one yet.
+    pub(crate) fn existing(&self) -> Option<BorrowedFd<'_>> {
+        self.0.get().map(AsFd::as_fd)
+    }
+
+    pub(crate) fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        if let Some(event) = self.existing() {
+            return Ok(event);
+        }
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(self.0.get_or_init(|| event).as_fd())
+    }
+
+    /// Makes the descriptor readable. A full counter is as loud as can be, so that is no error.
+    pub(crate) fn ring(&self) {
+        let Some(event) = self.existing() else { return };
+        match write(event, &1u64.to_ne_bytes()) {
+            Ok(_) | Err(Errno::AGAIN) => {}
+            Err(error) => tracing::error!(%error, "cannot ring a doorbell"),
+        }
     }
 
     /// Makes the descriptor quiet until the next ring.
     pub(crate) fn acknowledge(&self) {
-        let Some(event) = self.event.get() else { return };
+        let Some(event) = self.existing() else { return };
         let mut count = [0; 8];
         // The peer may hold this descriptor and clear O_NONBLOCK, or read it empty before us;
         // RWF_NOWAIT keeps this from waiting whatever it does. The offset u64::MAX means "none".
@@ -36,28 +52,34 @@ impl EventDoorbell {
     }
 }
 
+/// What the peer rings. While nobody has asked for its descriptor a ring wakes the channel's driver.
+pub(crate) struct EventDoorbell {
+    pub(crate) event: Event,
+    mailbox: Arc<Mailbox>,
+}
+
+impl EventDoorbell {
+    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
+        Self { event: Event::default(), mailbox }
+    }
+}
+
 impl Doorbell for EventDoorbell {
     fn ring(&self) {
-        match self.event.get() {
+        match self.event.existing() {
             None => self.mailbox.wake(),
-            Some(event) => ring_event_fd(event.as_fd()),
+            Some(_) => self.event.ring(),
         }
     }
 
     fn event_fd(&self) -> io::Result<BorrowedFd<'_>> {
-        if let Some(event) = self.event.get() {
-            return Ok(event.as_fd());
+        let is_new = self.event.existing().is_none();
+        let event = self.event.descriptor()?;
+        if is_new {
+            // Whoever waits for a ring must look here from now on.
+            self.mailbox.notify();
         }
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(self.event.get_or_init(|| event).as_fd())
-    }
-}
-
-/// Adds 1 to an eventfd. A full counter is as loud as can be, so that error is no error.
-fn ring_event_fd(event: BorrowedFd<'_>) {
-    match write(event, &1u64.to_ne_bytes()) {
-        Ok(_) | Err(Errno::AGAIN) => {}
-        Err(error) => tracing::error!(%error, "cannot ring a doorbell"),
+        Ok(event)
     }
 }
 
@@ -78,13 +100,13 @@ mod tests {
         bell.ring();
         bell.ring();
         assert!(readable(bell.event_fd().unwrap()));
-        bell.acknowledge();
+        bell.event.acknowledge();
         assert!(!readable(bell.event_fd().unwrap()));
 
         // A peer that holds the descriptor makes it blocking: the next line would hang with read().
         let fd = bell.event_fd().unwrap();
         rustix::io::ioctl_fionbio(fd, false).unwrap();
-        bell.acknowledge();
+        bell.event.acknowledge();
     }
 
     #[test]

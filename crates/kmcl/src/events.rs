@@ -2,14 +2,17 @@
 //! wakes whoever drives it or waits for it.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmbus_wire::status::NtStatus;
 
 use crate::bus::{BusEvent, MAX_PENDING_EVENTS};
+use crate::doorbell::Event as EventFd;
 use crate::lifecycle::Event;
 
 /// Where a bus puts the events of one channel. Cheap to clone; usable from any thread.
@@ -104,6 +107,10 @@ pub(crate) struct Mailbox {
     /// Mirrors `!inner.letters.is_empty()`, so that the data path need not lock to find nothing.
     waiting: AtomicBool,
     bell: Condvar,
+    /// Rings with the bell, for the one waiter that sleeps in `poll`.
+    alarm: EventFd,
+    /// There is such a waiter.
+    watched: AtomicBool,
 }
 
 #[derive(Default)]
@@ -126,6 +133,14 @@ impl Mailbox {
 
     fn post_bus(&self, connection: u32, event: BusEvent) -> bool {
         let mut inner = self.lock();
+        let is_arrival = |letter: &Letter| {
+            matches!(letter, Letter::Bus { connection: of, event: BusEvent::MemoryArrived }
+                if *of == connection)
+        };
+        if matches!(event, BusEvent::MemoryArrived) && inner.letters.iter().any(is_arrival) {
+            // One says it all. A guest decides how many there are: they must not crowd others out.
+            return true;
+        }
         if inner.letters.len() >= MAX_PENDING_EVENTS {
             return false;
         }
@@ -150,7 +165,8 @@ impl Mailbox {
     fn answer(&self, answer: GpadlAnswer) -> bool {
         let mut inner = self.lock();
         if inner.answers.len() >= MAX_PENDING_EVENTS {
-            return false;
+            // The oldest is one that nobody came for: the teardown of a GPADL left behind.
+            inner.answers.remove(0);
         }
         inner.answers.push(answer);
         self.ring(inner);
@@ -161,7 +177,7 @@ impl Mailbox {
     pub(crate) fn take_answer(&self, wanted: impl Fn(&GpadlAnswer) -> bool) -> Option<GpadlAnswer> {
         let mut inner = self.lock();
         let at = inner.answers.iter().position(wanted)?;
-        Some(inner.answers.swap_remove(at))
+        Some(inner.answers.remove(at))
     }
 
     /// Forgets answers that nobody came for.
@@ -182,10 +198,14 @@ impl Mailbox {
         self.waiting.load(Ordering::Acquire)
     }
 
-    /// Whether an event waits that ends the connection.
-    pub(crate) fn has_ending(&self) -> bool {
-        self.lock().letters.iter().any(|letter| {
-            matches!(letter, Letter::Bus { event: BusEvent::PeerClosed | BusEvent::Rescinded, .. })
+    /// Whether something waits that ends `connection`: an event, or a request to disable.
+    pub(crate) fn has_ending(&self, connection: u32) -> bool {
+        self.lock().letters.iter().any(|letter| match letter {
+            Letter::Bus { connection: of, event: BusEvent::PeerClosed | BusEvent::Rescinded } => {
+                *of == connection
+            }
+            Letter::Bus { .. } => false,
+            Letter::Request { event, .. } => *event == Event::Disable,
         })
     }
 
@@ -200,8 +220,28 @@ impl Mailbox {
         inner.rung = inner.rung.wrapping_add(1);
         let sleepers = inner.sleepers;
         drop(inner);
+        self.strike(sleepers);
+    }
+
+    /// As [`Self::notify`], by whoever has handled letters and stops. The driver, which may have been
+    /// turned away meanwhile, is woken for those that are left.
+    pub(crate) fn pass_on(&self) {
+        let inner = self.lock();
+        if inner.letters.is_empty() {
+            drop(inner);
+            self.notify();
+        } else {
+            self.ring(inner);
+        }
+    }
+
+    /// Wakes the waiters. Where there are none it costs no system call.
+    fn strike(&self, sleepers: u32) {
         if sleepers != 0 {
             self.bell.notify_all();
+        }
+        if self.watched.load(Ordering::SeqCst) {
+            self.alarm.ring();
         }
     }
 
@@ -209,9 +249,7 @@ impl Mailbox {
         inner.rung = inner.rung.wrapping_add(1);
         let (waker, sleepers) = (inner.waker.clone(), inner.sleepers);
         drop(inner);
-        if sleepers != 0 {
-            self.bell.notify_all();
-        }
+        self.strike(sleepers);
         if let Some(waker) = waker {
             waker.wake(); // foreign code: never under our lock
         }
@@ -244,6 +282,15 @@ impl Mailbox {
         inner.sleepers -= 1;
     }
 
+    /// Becomes the waiter that sleeps in `poll`, unless there is one. The caller looks at what it waits
+    /// for afterwards: what has happened before did not ring the alarm.
+    pub(crate) fn watch(&self) -> Option<Watch<'_>> {
+        self.watched
+            .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
+            .ok()
+            .map(|_| Watch { mailbox: self, alarm: self.alarm.descriptor().ok() })
+    }
+
     pub(crate) fn set_waker(&self, waker: Option<Waker>) {
         self.lock().waker = waker;
     }
@@ -251,5 +298,32 @@ impl Mailbox {
     /// Whether somebody drives the channel from a loop of his own.
     pub(crate) fn has_driver(&self) -> bool {
         self.lock().waker.is_some()
+    }
+}
+
+/// The right to sleep in `poll`, for the bell and a doorbell at once. Passed on when dropped.
+pub(crate) struct Watch<'a> {
+    mailbox: &'a Mailbox,
+    /// Missing where the system had no descriptor left.
+    alarm: Option<BorrowedFd<'a>>,
+}
+
+impl Watch<'_> {
+    /// Sleeps until the bell or `doorbell` rings, or `limit` is over; perhaps for less.
+    pub(crate) fn sleep(&self, doorbell: Option<BorrowedFd<'_>>, limit: Option<Duration>) {
+        let Some(alarm) = self.alarm else { return std::thread::yield_now() };
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let of = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [of(alarm), of(doorbell.unwrap_or(alarm))];
+        // An interrupted or failed wait is a spurious wake-up: the caller looks again.
+        let _woken = poll(&mut fds, limit.as_ref());
+        self.mailbox.alarm.acknowledge();
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.mailbox.watched.store(false, Ordering::SeqCst);
+        self.mailbox.notify();
     }
 }

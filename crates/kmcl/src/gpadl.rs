@@ -203,9 +203,7 @@ impl Channel {
             debug_assert!(false, "GPADL {gpadl:#x} is not mapped");
             return;
         }
-        if let Link::Server(link) = &lock(&self.shared.control).link {
-            link.set_gpadl_in_use(gpadl, false);
-        }
+        self.with_server_link(|link| link.set_gpadl_in_use(gpadl, false));
     }
 
     /// Undoes what the device has left after `closed` (D-58).
@@ -215,8 +213,10 @@ impl Channel {
             return;
         }
         tracing::warn!(channel = %self.name(), count = left.len(), "GPADLs left after close undone");
+        // The bus may wake foreign code: not under our lock.
+        let link = lock(&self.shared.control).link.clone();
         for gpadl in left {
-            match &lock(&self.shared.control).link {
+            match &link {
                 Link::Server(link) => link.set_gpadl_in_use(gpadl, false),
                 Link::Client(link) => link.teardown_gpadl(gpadl),
                 Link::None => {}
@@ -231,7 +231,7 @@ impl Channel {
                 return Some(answer);
             }
             // Inside a callback the state does not move; a bus that is gone says so by an event.
-            if !self.state().accepts_sends() || self.shared.mailbox.has_ending() {
+            if !self.state().accepts_sends() || self.is_ending() {
                 return self.shared.mailbox.take_answer(&wanted);
             }
             self.drive_unless_driven();

@@ -181,7 +181,7 @@ impl Packet {
         flags: SendFlags,
     ) -> Result<(), SendError> {
         let channel = self.channel.clone();
-        channel.send(self, message, external, flags, 4)
+        channel.send(self, message, external, flags)
     }
 
     /// Sends `message` with `length` bytes of the memory that `ranges` describe, from `offset` on;

@@ -21,6 +21,9 @@ use crate::settings::Settings;
 use crate::stage;
 use crate::traffic::{SendRefused, Sent};
 
+/// Which argument the flags of VmbPacketSend are.
+const SEND_FLAGS: u8 = 5;
+
 /// The limits that a send is checked against. A copy of the settings that takes no lock to read;
 /// written only while the channel is Disabled, when nothing is sent.
 #[derive(Default)]
@@ -46,6 +49,11 @@ impl SendBounds {
     pub(crate) fn message_room(&self) -> u32 {
         self.message.load(Relaxed) + pipe::HEADER_SIZE
     }
+
+    /// Bytes that the library puts in front of each message.
+    pub(crate) fn header_len(&self) -> usize {
+        if self.is_pipe.load(Relaxed) { pipe::HEADER_SIZE as usize } else { 0 }
+    }
 }
 
 impl Channel {
@@ -55,10 +63,9 @@ impl Channel {
         message: &[u8],
         external: Option<&[GpaRange<'_>]>,
         flags: SendFlags,
-        flags_position: u8,
     ) -> Result<(), SendError> {
         let ranges = external.unwrap_or_default().iter().copied();
-        let sent = self.put(packet, message, ranges, flags, flags_position);
+        let sent = self.put(packet, message, ranges, flags, SEND_FLAGS);
         self.publish();
         self.end_if_done(sent)
     }
@@ -72,7 +79,7 @@ impl Channel {
         flags: SendFlags,
     ) -> Result<(), SendError> {
         let ranges = external.unwrap_or_default().iter().copied();
-        let sent = self.put(packet, message, ranges, flags, 4);
+        let sent = self.put(packet, message, ranges, flags, SEND_FLAGS);
         self.end_if_done(sent)
     }
 
@@ -146,7 +153,10 @@ impl Channel {
             let mut traffic = self.traffic();
             // A completion that a callback has made before this send must not be overtaken by it.
             match stage::settle_before(self, &mut traffic) {
-                Ok(()) => traffic.send(body, parts),
+                // Looked at again under the lock that cancelling takes: what it does not find any
+                // more would never end.
+                Ok(()) if self.state().accepts_sends() => traffic.send(body, parts),
+                Ok(()) => Err((body, SendRefused::Removed)),
                 Err(error) => Err((body, SendRefused::Ring(error))),
             }
         };
@@ -154,6 +164,19 @@ impl Channel {
             packet: Packet::new(body, self.clone()),
             error: self.explain(refused),
         })
+    }
+
+    /// Whether a message of this length may be sent now.
+    pub(crate) fn may_send(&self, len: usize) -> Result<(), Error> {
+        let state = self.state();
+        if !state.accepts_sends() {
+            return Err(Error::Removed { state });
+        }
+        if len > self.shared.bounds.message.load(Relaxed) as usize {
+            let value = len as u64;
+            return Err(Error::Argument { position: 3, name: "BufferLength", value });
+        }
+        Ok(())
     }
 
     fn prepare<'r>(
@@ -164,15 +187,8 @@ impl Channel {
         flags: SendFlags,
         flags_position: u8,
     ) -> Result<(), Error> {
-        let state = self.state();
-        if !state.accepts_sends() {
-            return Err(Error::Removed { state });
-        }
+        self.may_send(message.len())?;
         let bounds = &self.shared.bounds;
-        if message.len() > bounds.message.load(Relaxed) as usize {
-            let value = message.len() as u64;
-            return Err(Error::Argument { position: 3, name: "BufferLength", value });
-        }
         if SendFlags::all().bits() & flags.bits() != flags.bits() {
             return Err(bad_flags(flags_position, flags));
         }
@@ -212,6 +228,7 @@ impl Channel {
 
     fn explain(&self, refused: SendRefused) -> Error {
         match refused {
+            SendRefused::Removed => Error::Removed { state: self.state() },
             SendRefused::TooManyTransactions => Error::Resources("transactions in flight"),
             SendRefused::TooLarge => {
                 Error::Argument { position: 3, name: "BufferLength", value: u64::MAX }

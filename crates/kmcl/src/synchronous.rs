@@ -7,7 +7,6 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmbus_ring::packet_ring_bytes;
 use vmbus_wire::ranges::GpaRange;
 use vmbus_wire::status::NtStatus;
@@ -15,6 +14,7 @@ use vmbus_wire::status::NtStatus;
 use crate::callbacks::PacketCompletion;
 use crate::channel::{Channel, lock};
 use crate::error::Error;
+use crate::events::Watch;
 use crate::flags::SendFlags;
 use crate::incoming::Level;
 use crate::lifecycle::Side;
@@ -145,10 +145,12 @@ impl Channel {
         message: &[u8],
         external: Option<&[GpaRange<'_>]>,
     ) -> Result<(), Error> {
+        self.may_send(message.len())?;
         let words =
             external.map_or(0, |ranges| 1 + ranges.iter().map(GpaRange::words).sum::<usize>());
         let bytes = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-        let needed = packet_ring_bytes(bytes(words.saturating_mul(8)), bytes(message.len()));
+        let message = message.len() + self.shared.bounds.header_len();
+        let needed = packet_ring_bytes(bytes(words.saturating_mul(8)), bytes(message));
         match self.traffic().has_room(needed) {
             Ok(true) => Ok(()),
             Ok(false) | Err(_) => Err(Error::RingFull { needed }),
@@ -161,6 +163,7 @@ impl Channel {
         tag: u64,
         deadline: Option<Instant>,
     ) -> (NtStatus, Vec<u8>) {
+        let mut watch = None;
         loop {
             let seen = self.shared.mailbox.rung();
             if let Some(answer) = lock(&waiter.answer).take() {
@@ -168,46 +171,48 @@ impl Channel {
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
-                return self.give_up(waiter, tag);
+                return self.give_up(waiter, tag, NtStatus::CANCELLED);
             }
-            if self.in_control_callback() || !self.shared.mailbox.has_driver() {
-                self.process_while_waiting(left);
-            } else {
+            let inside = self.in_control_callback();
+            // Inside a callback the end of the channel waits for the callback; a channel that has
+            // stopped reads no answer any more.
+            if (inside && self.is_ending()) || self.is_stopped() {
+                return self.give_up(waiter, tag, NtStatus::DEVICE_REMOVED);
+            }
+            if !inside && self.shared.mailbox.has_driver() {
+                watch = None;
                 self.shared.mailbox.wait(seen, left);
+                continue;
             }
-        }
-    }
-
-    /// One turn of the channel's work, on the thread that waits; sleeps on the doorbell when there is
-    /// none.
-    fn process_while_waiting(&self, left: Option<Duration>) {
-        let doorbell = self.doorbell_fd().ok();
-        self.acknowledge();
-        self.drive_unless_driven();
-        let turn = self.process_data(Level::Passive, BUDGET);
-        if turn.packets != 0 || self.shared.mailbox.is_waiting() {
-            return;
-        }
-        let limit = left.and_then(|left| Timespec::try_from(left).ok());
-        match doorbell {
-            Some(doorbell) => {
-                let mut fds = [PollFd::from_borrowed_fd(doorbell, PollFlags::IN)];
-                // An interrupted or failed wait is a spurious wake-up: the caller looks again.
-                let _woken = poll(&mut fds, limit.as_ref());
+            // Nobody else sees the doorbell.
+            self.acknowledge();
+            self.drive_unless_driven();
+            if self.process_data(Level::Passive, BUDGET).packets != 0 {
+                continue;
             }
-            None => std::thread::yield_now(),
+            match &watch {
+                Some(watch) => {
+                    let watch: &Watch<'_> = watch;
+                    watch.sleep(self.shared.doorbell.event.existing(), left);
+                }
+                // Another waiter watches, and tells everybody when something has happened.
+                None => match self.shared.mailbox.watch() {
+                    None => self.shared.mailbox.wait(seen, left),
+                    taken => watch = taken,
+                },
+            }
         }
     }
 
     /// Takes the packet back; what has come at the last moment counts.
-    fn give_up(&self, waiter: &Waiter, tag: u64) -> (NtStatus, Vec<u8>) {
+    fn give_up(&self, waiter: &Waiter, tag: u64, status: NtStatus) -> (NtStatus, Vec<u8>) {
         let body = {
             let mut traffic = self.traffic();
             traffic.withdraw(tag).or_else(|| traffic.abandon(tag))
         };
         if let Some(body) = body {
             self.traffic().free_packet(body);
-            return (NtStatus::CANCELLED, Vec::new());
+            return (status, Vec::new());
         }
         // Neither queued nor in flight: its routine has run, or runs on another thread now.
         loop {

@@ -583,6 +583,8 @@ impl Traffic {
 /// Why a packet could not be sent or queued.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum SendRefused {
+    /// The channel has gone down meanwhile.
+    Removed,
     /// [`Limits::PACKETS`] transactions are in flight.
     TooManyTransactions,
     /// Message and external data together are more than a packet can be.
