@@ -322,7 +322,11 @@ impl Channel {
     ) -> Result<(), Error> {
         // Held while the settings change, so that Enable sees all of a change or nothing.
         let control = lock(&self.shared.control);
-        let state = control.life.state();
+        // The life cycle comes to rest before callbacks and users see it: both have to be Disabled.
+        let state = match self.state() {
+            ChannelState::Disabled => control.life.state(),
+            state => state,
+        };
         if state != ChannelState::Disabled || only.is_some_and(|side| side != self.side()) {
             let needed = match only {
                 Some(Side::Server) => "server",
