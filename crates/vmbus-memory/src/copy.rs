@@ -90,5 +90,24 @@ pub(crate) unsafe fn fill(dst: *mut u8, byte: u8, len: usize) {
     unsafe { arch::fill(dst, byte, len) }
 }
 
+/// Asks for the cache line at `at` to be brought near. Any address will do: it is a hint, which
+/// reads nothing and never faults.
+#[inline]
+pub(crate) fn prefetch(at: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: `prefetcht0` is part of the architecture (SSE), changes no register, flag or memory,
+    // and ignores addresses that cannot be read.
+    unsafe {
+        core::arch::asm!("prefetcht0 [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: as above, for `prfm`.
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let _ = at;
+}
+
 #[cfg(test)]
 mod tests;

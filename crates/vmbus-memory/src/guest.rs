@@ -42,7 +42,7 @@ impl GuestMemory {
     /// shrink nor grow and can be given to a peer.
     ///
     /// # Errors
-    /// A size that is no whole number of pages, 0 or over [`MAX_MEMORY_BYTES`]; a refusal by the
+    /// A size that is no whole number of pages, 0 or over [`MAX_MEMORY_BYTES`](crate::MAX_MEMORY_BYTES); a refusal by the
     /// system.
     pub fn memfd(bytes: u64) -> Result<Self, MemoryError> {
         check_placement(0, bytes, 0)?;
@@ -64,7 +64,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// Everything about `regions` is the peer's word and is checked: their number
-    /// ([`MAX_REGIONS`]), alignment, ends, overlaps, sum ([`MAX_MEMORY_BYTES`]), the seal, the size
+    /// ([`MAX_REGIONS`](crate::MAX_REGIONS)), alignment, ends, overlaps, sum ([`MAX_MEMORY_BYTES`](crate::MAX_MEMORY_BYTES)), the seal, the size
     /// and the kind of each file. Nothing stays mapped or open after an error.
     pub fn from_fds(regions: Vec<FdRegion>) -> Result<Self, MemoryError> {
         check_count(regions.len())?;

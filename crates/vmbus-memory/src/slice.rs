@@ -74,6 +74,19 @@ impl<'a> SharedView<'a> {
         Some(self.word::<AtomicU64>(offset)?.load(Relaxed))
     }
 
+    /// Tells the processor that the `len` bytes from `offset` on will be read soon. Only a hint, and
+    /// cheap: bytes outside the span are left out.
+    #[inline]
+    pub fn prefetch(&self, offset: usize, len: usize) {
+        const LINE: usize = 64;
+        let end = offset.saturating_add(len).min(self.len);
+        let mut at = offset;
+        while at < end {
+            copy::prefetch(self.base.as_ptr().wrapping_add(at));
+            at += LINE; // `end` lies in a mapping, so this cannot overflow
+        }
+    }
+
     /// The aligned word at byte `offset`, or `None` if it is misaligned or outside.
     #[inline]
     fn word<A: Atomic>(&self, offset: usize) -> Option<&'a A> {

@@ -8,6 +8,17 @@ use zerocopy::IntoBytes;
 
 use crate::{ReadEnd, RingError};
 
+/// How far in front of the packet being read lines are asked for, in bytes.
+///
+/// A packet's place is known only when the descriptor before it has arrived. A processor that reads
+/// what another one wrote would therefore wait for one line after the other, where an array's
+/// elements arrive many at a time. What was published is known, though, and in the order it will be
+/// read.
+const AHEAD: usize = 1024;
+
+/// Most bytes asked for per packet. Longer ones are copied in one go, which asks for itself.
+const AHEAD_STEP: usize = 256;
+
 /// The reading end of a ring.
 ///
 /// Packets are peeked, copied out and stepped over one by one; [`Self::publish`] gives the space of
@@ -66,6 +77,7 @@ impl RingReader {
                 self.peeked = 0;
                 return Ok(None);
             }
+            self.pages().view(self.end.position(), available).prefetch(0, AHEAD);
         }
         let at = self.end.position();
         let pages = self.end.words();
@@ -85,6 +97,7 @@ impl RingReader {
             at,
         };
         self.peeked = packet.ring_bytes();
+        view.prefetch(AHEAD, (packet.ring_bytes() as usize).min(AHEAD_STEP));
         Ok(Some(packet))
     }
 

@@ -121,7 +121,7 @@ impl RingWriter {
         }
         match self.pages().window(frame.at, needed) {
             Some(window) => frame.lay_out(&window),
-            None => lay_out_in_pieces(self.pages(), packet, frame.at, self.max_packet_bytes),
+            None => lay_out_in_pieces(self.pages(), *packet, frame.at, self.max_packet_bytes),
         }
         self.end.step(needed);
         Ok(())
@@ -187,14 +187,14 @@ impl<'a> Frame<'a> {
     fn of(packet: &OutgoingPacket<'a>, at: u32, max: u32) -> Result<Self, PushError> {
         let OutgoingPacket { kind, wants_completion, transaction_id, extension, payload } = *packet;
         let (Some(extension_len), Some(payload_len)) = (total(extension), total(payload)) else {
-            return Err(too_large(packet, max));
+            return Err(too_large(extension, payload, max));
         };
         let extension_end = DESCRIPTOR_SIZE + extension_len;
         let payload_at = extension_end.next_multiple_of(UNIT);
         let payload_end = payload_at + payload_len;
         let trailer_at = payload_end.next_multiple_of(UNIT);
         if trailer_at + TRAILER_SIZE > max {
-            return Err(too_large(packet, max));
+            return Err(too_large(extension, payload, max));
         }
         let flags =
             if wants_completion { PacketFlags::COMPLETION_REQUESTED } else { PacketFlags::empty() };
@@ -263,11 +263,12 @@ fn join(canvas: &impl Canvas, mut at: u32, parts: &[&[u8]]) {
 }
 
 /// For rings that are not mapped, and memory that keeps track of writes.
-// Starts again from the packet: a reference to the frame would keep the caller's in memory.
+// Starts again from a copy of the packet: references would keep the caller's packet and frame in
+// memory, where it builds them field by field.
 #[cold]
 #[inline(never)]
-fn lay_out_in_pieces(pages: &RingPages, packet: &OutgoingPacket<'_>, at: u32, max: u32) {
-    let Ok(frame) = Frame::of(packet, at, max) else { return };
+fn lay_out_in_pieces(pages: &RingPages, packet: OutgoingPacket<'_>, at: u32, max: u32) {
+    let Ok(frame) = Frame::of(&packet, at, max) else { return };
     let piece = pages.piece(at, frame.ring_bytes());
     if piece.len() == frame.ring_bytes() as usize {
         frame.lay_out(&piece);
@@ -284,13 +285,13 @@ fn total(parts: &[&[u8]]) -> Option<u32> {
 }
 
 #[cold]
-fn too_large(packet: &OutgoingPacket<'_>, max: u32) -> PushError {
+fn too_large(extension: &[&[u8]], payload: &[&[u8]], max: u32) -> PushError {
     let padded = |parts: &[&[u8]]| {
         let sum = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len() as u64));
         sum.checked_next_multiple_of(u64::from(UNIT)).unwrap_or(u64::MAX)
     };
-    let needed = padded(packet.extension)
-        .saturating_add(padded(packet.payload))
+    let needed = padded(extension)
+        .saturating_add(padded(payload))
         .saturating_add(u64::from(DESCRIPTOR_SIZE + TRAILER_SIZE));
     PushError::TooLarge { needed, max }
 }
