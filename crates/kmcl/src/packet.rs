@@ -7,6 +7,7 @@ use vmbus_ring::packet_ring_bytes;
 use vmbus_wire::packet::{GpaDirectHeader, PacketKind};
 use vmbus_wire::ranges::GpaRange;
 use vmbus_wire::status::NtStatus;
+use zerocopy::IntoBytes;
 
 use crate::callbacks::PacketCompletion;
 use crate::channel::Channel;
@@ -22,6 +23,20 @@ pub struct Packet {
     channel: Channel,
 }
 
+/// What a packet says: a pipe's header, or nothing, and the sender's message behind it.
+#[derive(Clone, Copy)]
+pub(crate) struct Message<'a> {
+    pub(crate) header: &'a [u8],
+    pub(crate) body: &'a [u8],
+}
+
+impl Message<'_> {
+    pub(crate) fn len(&self) -> u32 {
+        // Senders have checked the message against a limit far below 4 GiB.
+        u32::try_from(self.header.len() + self.body.len()).unwrap_or(u32::MAX)
+    }
+}
+
 /// What travels between driver, queue and table of transactions.
 pub(crate) struct PacketBody {
     routine: Option<Arc<dyn PacketCompletion>>,
@@ -31,8 +46,9 @@ pub(crate) struct PacketBody {
     pub(crate) tag: u64,
     /// The message, while the packet waits for room in the ring.
     message: Vec<u8>,
-    /// The description of external data as it goes into the ring; empty without any.
-    extension: Vec<u8>,
+    /// The description of external data as it goes into the ring, in little-endian words; empty
+    /// without any.
+    extension: Vec<u64>,
 }
 
 impl PacketBody {
@@ -59,19 +75,18 @@ impl PacketBody {
     }
 
     pub(crate) fn extension(&self) -> &[u8] {
-        &self.extension
+        self.extension.as_bytes()
     }
 
     pub(crate) fn extension_len(&self) -> u32 {
-        u32::try_from(self.extension.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.extension.len() * 8).unwrap_or(u32::MAX)
     }
 
     /// Keeps the message until there is room in the ring.
-    pub(crate) fn keep(&mut self, message: &[&[u8]]) {
+    pub(crate) fn keep(&mut self, message: Message<'_>) {
         self.message.clear();
-        for part in message {
-            self.message.extend_from_slice(part);
-        }
+        self.message.extend_from_slice(message.header);
+        self.message.extend_from_slice(message.body);
     }
 
     pub(crate) fn message(&self) -> &[u8] {
@@ -87,18 +102,19 @@ impl PacketBody {
     /// Describes external data the way the ring wants it: a count, then each range's words.
     pub(crate) fn describe<'a>(&mut self, ranges: impl IntoIterator<Item = GpaRange<'a>>) {
         self.extension.clear();
-        self.extension.extend_from_slice(&[0; 8]);
+        self.extension.push(0);
         let mut count = 0;
         for range in ranges {
             count += 1;
-            self.extension.extend_from_slice(&range.header_word().to_le_bytes());
-            for pfn in range.pfns {
-                self.extension.extend_from_slice(&pfn.to_le_bytes());
+            self.extension.push(range.header_word().to_le());
+            self.extension.extend_from_slice(range.pfns);
+            if cfg!(target_endian = "big") {
+                let pfns = self.extension.iter_mut().rev().take(range.pfns.len());
+                pfns.for_each(|pfn| *pfn = pfn.to_le());
             }
         }
-        let header = GpaDirectHeader::new(count).to_word().to_le_bytes();
-        if let Some(first) = self.extension.get_mut(..8) {
-            first.copy_from_slice(&header);
+        if let Some(first) = self.extension.first_mut() {
+            *first = GpaDirectHeader::new(count).to_word().to_le();
         }
     }
 

@@ -16,7 +16,7 @@ use crate::clip::clip;
 use crate::error::{ChannelError, Error, SendError};
 use crate::flags::SendFlags;
 use crate::lifecycle::Side;
-use crate::packet::{Packet, PacketBody};
+use crate::packet::{Message, Packet, PacketBody};
 use crate::settings::Settings;
 use crate::stage;
 use crate::traffic::{SendRefused, Sent};
@@ -144,18 +144,19 @@ impl Channel {
             return Err(SendError { packet, error });
         }
         let Some(body) = packet.into_body() else { return Ok(Sent::Kept) };
-        let header = u32::try_from(message.len()).ok().and_then(PipeHeader::data);
+        let header = match self.shared.bounds.is_pipe.load(Relaxed) {
+            true => u32::try_from(message.len()).ok().and_then(PipeHeader::data),
+            false => None,
+        };
         let header = header.as_ref().map_or(&[][..], |header| header.as_bytes());
-        let parts = [header, message];
-        let is_pipe = self.shared.bounds.is_pipe.load(Relaxed);
-        let parts = if is_pipe { &parts[..] } else { parts.get(1..).unwrap_or_default() };
+        let message = Message { header, body: message };
         let sent = {
             let mut traffic = self.traffic();
             // A completion that a callback has made before this send must not be overtaken by it.
             match stage::settle_before(self, &mut traffic) {
                 // Looked at again under the lock that cancelling takes: what it does not find any
                 // more would never end.
-                Ok(()) if self.state().accepts_sends() => traffic.send(body, parts),
+                Ok(()) if self.state().accepts_sends() => traffic.send(body, message),
                 Ok(()) => Err((body, SendRefused::Removed)),
                 Err(error) => Err((body, SendRefused::Ring(error))),
             }

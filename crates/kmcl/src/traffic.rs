@@ -12,7 +12,7 @@ use vmbus_wire::packet::{MAX_PACKET_BYTES, PacketKind, TRAILER_SIZE};
 use vmbus_wire::ring::RESERVED_BYTES;
 
 use crate::bus::Signal;
-use crate::packet::PacketBody;
+use crate::packet::{Message, PacketBody};
 use crate::pool::Body;
 use crate::settings::Limits;
 use crate::thread_mark;
@@ -414,12 +414,12 @@ impl Traffic {
     pub(crate) fn send(
         &mut self,
         mut packet: Box<PacketBody>,
-        message: &[&[u8]],
+        message: Message<'_>,
     ) -> Result<Sent, (Box<PacketBody>, SendRefused)> {
         if packet.transaction && self.transactions.reserve().is_none() {
             return Err((packet, SendRefused::TooManyTransactions));
         }
-        let needed = packet_ring_bytes(packet.extension_len(), message_len(message));
+        let needed = packet_ring_bytes(packet.extension_len(), message.len());
         let refused = match self.has_room(needed) {
             _ if needed > MAX_PACKET_BYTES + TRAILER_SIZE => SendRefused::TooLarge,
             Ok(false) => {
@@ -438,7 +438,8 @@ impl Traffic {
         Err((packet, refused))
     }
 
-    fn write(&mut self, packet: &PacketBody, message: &[&[u8]]) -> Result<(), SendRefused> {
+    #[inline]
+    fn write(&mut self, packet: &PacketBody, message: Message<'_>) -> Result<(), SendRefused> {
         let ring = self.ring.as_mut().ok_or(SendRefused::TooLarge)?;
         let transaction_id = self.transactions.next_id(packet.transaction);
         match write(&mut ring.writer, packet, transaction_id, message) {
@@ -461,7 +462,12 @@ impl Traffic {
             }
             let Some(packet) = self.queue.pop_front() else { break };
             let transaction_id = self.transactions.next_id(packet.transaction);
-            match write(&mut ring.writer, &packet, transaction_id, &[packet.message()]) {
+            match write(
+                &mut ring.writer,
+                &packet,
+                transaction_id,
+                Message { header: &[], body: packet.message() },
+            ) {
                 Ok(()) => {
                     if let Sent::Done(packet) = self.transactions.begin(packet) {
                         done.push(packet);
@@ -593,23 +599,19 @@ pub(crate) enum SendRefused {
     Ring(RingError),
 }
 
-fn message_len(message: &[&[u8]]) -> u32 {
-    // Senders have checked the message against a limit far below 4 GiB.
-    message.iter().fold(0, |len, part| len + u32::try_from(part.len()).unwrap_or(0))
-}
-
+#[inline]
 fn write(
     writer: &mut RingWriter,
     packet: &PacketBody,
     transaction_id: u64,
-    message: &[&[u8]],
+    message: Message<'_>,
 ) -> Result<(), PushError> {
     writer.push(&OutgoingPacket {
         kind: packet.kind(),
         wants_completion: packet.transaction,
         transaction_id,
         extension: &[packet.extension()],
-        payload: message,
+        payload: &[message.header, message.body],
     })
 }
 
