@@ -161,7 +161,9 @@ pub enum ConnectionError {
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// The other end speaks another version of the transport.
-    #[error("the peer speaks version {theirs} of the transport, this end version {TRANSPORT_VERSION}")]
+    #[error(
+        "the peer speaks version {theirs} of the transport, this end version {TRANSPORT_VERSION}"
+    )]
     Version {
         /// The peer's version.
         theirs: u32,

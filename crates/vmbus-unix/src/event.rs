@@ -72,9 +72,7 @@ impl PeerEvent {
 
     /// Rings, unless the counter is full, which is as loud as can be.
     pub(crate) fn ring(&self) {
-        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if poll(&mut fds, Some(&now)) == Ok(1) {
+        if has_room(self.0.as_fd()) {
             // Fails only where it is no eventfd after all, and then nobody listens.
             let _rung = writev(&self.0, &[IoSlice::new(&1u64.to_ne_bytes())]);
         }
@@ -90,6 +88,19 @@ impl Signal for PeerEvent {
     fn signal(&self) {
         self.ring();
     }
+}
+
+/// Makes room in the counter of an eventfd that a peer may have filled, before somebody writes to it
+/// who does not look.
+pub(crate) fn make_room(event: BorrowedFd<'_>) {
+    if !has_room(event) {
+        read_empty(event);
+    }
+}
+
+fn has_room(event: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)
 }
 
 fn read_empty(event: BorrowedFd<'_>) {
@@ -141,6 +152,13 @@ mod tests {
         peer.relieve();
         assert!(!readable(&own));
         peer.ring();
+        assert!(readable(&own));
+        make_room(own.as_fd());
+        assert!(readable(&own), "there was room");
+        own.acknowledge();
+        write(&own, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        make_room(own.as_fd());
+        own.ring();
         assert!(readable(&own));
     }
 

@@ -174,10 +174,7 @@ impl UnixGuest {
     /// As for [`UnixGuest::drive`].
     pub fn drive_until_offered(&self, limit: Duration) -> io::Result<bool> {
         self.drive_until(limit, |guest| {
-            matches!(
-                guest.bus().state(),
-                ConnectionState::Connected { offers_delivered: true, .. }
-            )
+            matches!(guest.bus().state(), ConnectionState::Connected { offers_delivered: true, .. })
         })
     }
 
@@ -210,8 +207,7 @@ impl UnixGuest {
             Kind::Posted => {
                 handshake::no_descriptor(frame.kind, &descriptors)?;
                 let status = frame.a;
-                let status =
-                    u16::try_from(status).map_err(|_| FrameError::Status { status })?;
+                let status = u16::try_from(status).map_err(|_| FrameError::Status { status })?;
                 let answered = self.bus.message_posted(PostStatus(status));
                 Ok(answered.map_err(|_| FrameError::NothingPosted)?)
             }

@@ -35,7 +35,7 @@ impl Hello {
         max_memory_bytes: u64,
     ) -> Result<Self, ConnectionError> {
         let Received { bytes, descriptors } = received;
-    let frame = FrameRef::parse(&bytes)?;
+        let frame = FrameRef::parse(&bytes)?;
         if frame.kind != Kind::Hello {
             let state = "waiting for its greeting";
             return Err(FrameError::Unexpected { kind: frame.kind, state }.into());
@@ -148,10 +148,7 @@ pub(crate) fn refused(frame: &FrameRef<'_>) -> Result<ConnectionError, FrameErro
 }
 
 /// The one descriptor that a frame of this kind carries.
-pub(crate) fn one_descriptor(
-    kind: Kind,
-    descriptors: Vec<OwnedFd>,
-) -> Result<OwnedFd, FrameError> {
+pub(crate) fn one_descriptor(kind: Kind, descriptors: Vec<OwnedFd>) -> Result<OwnedFd, FrameError> {
     let got = descriptors.len();
     match <[OwnedFd; 1]>::try_from(descriptors) {
         Ok([descriptor]) => Ok(descriptor),

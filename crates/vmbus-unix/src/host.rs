@@ -116,9 +116,7 @@ pub enum HostEvent {
 /// Both are safe to use from any thread; `drive` does bounded work and never waits. Dropping the host
 /// removes the socket and ends its guest; the bus remains, without a guest.
 ///
-/// What a guest can do to this process, beside what [`vmbus_host`] says: it can ring a device's doorbell
-/// for as long as it keeps the descriptor, even after it has disconnected, and the device then looks at
-/// its rings for nothing; and see the module `event` for what remains of descriptors that would block.
+/// What a guest can do to this process beside using its devices is told in the [crate's documentation](crate).
 pub struct UnixHost {
     listener: Listener,
     bus: HostBus,
@@ -162,10 +160,12 @@ impl UnixHost {
     /// [`BindError`]: a live server, something else than a socket, a path too long, no descriptors.
     pub fn bind_with(path: impl AsRef<Path>, options: HostOptions) -> Result<Self, BindError> {
         let path = path.as_ref();
-        let failed = |call| move |error: Errno| BindError::System {
-            path: path.to_owned(),
-            call,
-            source: error.into(),
+        let failed = |call| {
+            move |error: Errno| BindError::System {
+                path: path.to_owned(),
+                call,
+                source: error.into(),
+            }
         };
         let listener = Listener::bind(path)?;
         let poller = Poller::new().map_err(failed("epoll_create"))?;
@@ -179,12 +179,8 @@ impl UnixHost {
         watch(event_port.as_fd(), EVENT_PORT)?;
         let port = Arc::new(Port::new(poller, event_port));
         let bus = HostBus::new(Arc::clone(&port) as Arc<_>, options.bus.clone());
-        let driver = Driver {
-            timer,
-            handshakes: Vec::new(),
-            next_token: FIRST_PEER,
-            accept_paused: None,
-        };
+        let driver =
+            Driver { timer, handshakes: Vec::new(), next_token: FIRST_PEER, accept_paused: None };
         let (driver, events) = (Mutex::new(driver), Mutex::default());
         Ok(Self { listener, bus, port, options, driver, events })
     }
@@ -241,6 +237,7 @@ impl UnixHost {
                 TIMER => self.expire(&mut driver),
                 EVENT_PORT => {
                     self.port.event_port.acknowledge();
+                    self.port.make_room();
                     // Only guests of old versions have channels behind it.
                     let _nobody = self.bus.guest_signal(connection::EVENT, 0);
                 }
@@ -376,10 +373,9 @@ impl UnixHost {
     /// The guest is there.
     fn begin(&self, driver: &mut Driver, token: u64, mut link: Link, hello: Hello) {
         let peer = match socket_peercred(&link) {
-            Ok(credentials) => Peer {
-                pid: credentials.pid.as_raw_nonzero().get(),
-                uid: credentials.uid.as_raw(),
-            },
+            Ok(credentials) => {
+                Peer { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() }
+            }
             Err(error) => {
                 return self.refuse(link, ConnectionError::system("SO_PEERCRED")(error));
             }
@@ -476,7 +472,10 @@ impl UnixHost {
 impl std::fmt::Debug for UnixHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (path, guest) = (self.path(), self.guest());
-        f.debug_struct("UnixHost").field("path", &path).field("guest", &guest).finish_non_exhaustive()
+        f.debug_struct("UnixHost")
+            .field("path", &path)
+            .field("guest", &guest)
+            .finish_non_exhaustive()
     }
 }
 

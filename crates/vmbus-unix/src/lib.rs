@@ -28,6 +28,22 @@
 //! From then on each side writes to the other's eventfd: no frame, and no third thread, is between a
 //! packet and whoever waits for it.
 //!
+//! # What a peer can do
+//!
+//! Every frame and descriptor is checked; one that breaks the rules ends the connection, with a reason, and
+//! the host takes the next guest. What remains:
+//!
+//! - An eventfd that two processes have is one open file: its counter and its `O_NONBLOCK` are shared.
+//!   Reading is done with `RWF_NOWAIT`, which never waits. Linux has no such flag for writing to an eventfd,
+//!   so each write is preceded by a poll for room: a peer that fills the counter stops nobody. A peer that
+//!   clears `O_NONBLOCK` and fills the counter *between* the poll and the write makes the writing thread
+//!   wait until somebody reads; the end of the connection does, on the thread that drives. A host for
+//!   guests that it trusts so little gives each a process of its own.
+//! - A guest can ring a device's doorbell for as long as it keeps the descriptor, even after it has
+//!   disconnected. The device then looks at its rings for nothing.
+//! - A guest's memory is made when it is first touched, by whoever touches it. A device that fills a buffer
+//!   makes this process pay for it; [`HostOptions::max_memory_bytes`] is the bound.
+//!
 //! # What is bounded
 //!
 //! One guest at a time; [`MAX_HANDSHAKES`] processes that have not introduced themselves, each for
@@ -46,8 +62,6 @@ mod host;
 mod link;
 mod listener;
 mod poller;
-#[cfg(test)]
-mod tests;
 mod timer;
 
 pub use error::{BindError, ConnectError, ConnectionError, FrameError, Reason};

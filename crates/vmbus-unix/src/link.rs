@@ -111,12 +111,16 @@ impl Link {
         // Closes, when dropped, what is not taken out of it.
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut reset = false;
         let received = loop {
             let buffer = &mut [IoSliceMut::new(&mut bytes)];
             match recvmsg(&self.socket, buffer, &mut control, flags) {
                 Ok(received) => break received,
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
+                // A peer that has closed without reading everything resets the connection. Linux
+                // tells of that once, and before it gives what the peer had said.
+                Err(Errno::CONNRESET) if !reset => reset = true,
                 Err(Errno::CONNRESET | Errno::PIPE) => return Err(ConnectionError::Closed),
                 Err(error) => return Err(ConnectionError::system("recvmsg")(error)),
             }
@@ -159,8 +163,7 @@ mod tests {
 
     pub(crate) fn pair() -> (Link, Link) {
         let kind = SocketType::SEQPACKET;
-        let (one, two) =
-            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let (one, two) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
         (Link::new(one), Link::new(two))
     }
 
@@ -217,6 +220,17 @@ mod tests {
     }
 
     #[test]
+    fn last_words_are_heard_even_where_the_peer_has_not_listened() {
+        let (mut one, mut two) = pair();
+        one.send(numbered(1), &[]).unwrap();
+        two.send(numbered(2), &[]).unwrap();
+        drop(two);
+        assert!(matches!(one.send(numbered(3), &[]), Err(ConnectionError::Closed)));
+        assert_eq!(number(&one.receive().unwrap().unwrap()), 2);
+        assert!(matches!(one.receive(), Err(ConnectionError::Closed)));
+    }
+
+    #[test]
     fn what_is_too_long_or_too_much_is_refused_and_closed() {
         let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
         {
@@ -232,15 +246,9 @@ mod tests {
                 sendmsg(&one, &[IoSlice::new(bytes)], &mut control, SendFlags::DONTWAIT).unwrap();
             };
             send(&[0; MAX_FRAME_SIZE + 1], 3);
-            assert!(matches!(
-                two.receive(),
-                Err(ConnectionError::Frame(FrameError::TooLong))
-            ));
+            assert!(matches!(two.receive(), Err(ConnectionError::Frame(FrameError::TooLong))));
             send(&[0; 60_000], 0);
-            assert!(matches!(
-                two.receive(),
-                Err(ConnectionError::Frame(FrameError::TooLong))
-            ));
+            assert!(matches!(two.receive(), Err(ConnectionError::Frame(FrameError::TooLong))));
             for more in [1, 2, 100] {
                 send(&[0; 16], MAX_DESCRIPTORS + more);
                 assert!(matches!(

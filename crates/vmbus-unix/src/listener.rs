@@ -37,13 +37,15 @@ pub(crate) struct Listener {
 impl Listener {
     /// Listens at `path`, for this user only. The socket of a server that is gone is replaced.
     pub(crate) fn bind(path: &Path) -> Result<Self, BindError> {
-        let failed = |call| move |error: Errno| BindError::System {
-            path: path.to_owned(),
-            call,
-            source: error.into(),
+        let failed = |call| {
+            move |error: Errno| BindError::System {
+                path: path.to_owned(),
+                call,
+                source: error.into(),
+            }
         };
-        let address = address(path)
-            .map_err(|len| BindError::PathTooLong { path: path.to_owned(), len })?;
+        let address =
+            address(path).map_err(|len| BindError::PathTooLong { path: path.to_owned(), len })?;
         // Two servers that start at once must not both find the old socket dead, or one would remove
         // the other's: the directory is locked meanwhile, which leaves nothing behind.
         let _directory = lock_directory(path).map_err(failed("flock"))?;
@@ -54,8 +56,7 @@ impl Listener {
         fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed("fchmod"))?;
         bind(&socket, &address).map_err(failed("bind"))?;
         let status = lstat(path).map_err(failed("lstat"))?;
-        let listener =
-            Self { socket, path: path.to_owned(), made: (status.st_dev, status.st_ino) };
+        let listener = Self { socket, path: path.to_owned(), made: (status.st_dev, status.st_ino) };
         listen(&listener.socket, BACKLOG).map_err(failed("listen"))?;
         Ok(listener)
     }
@@ -129,10 +130,8 @@ fn lock_directory(path: &Path) -> Result<File, Errno> {
 
 /// Removes the socket of a server that is gone. Leaves everything else, and says so.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
-    let failed = |call| move |error: Errno| BindError::System {
-        path: path.to_owned(),
-        call,
-        source: error.into(),
+    let failed = |call| {
+        move |error: Errno| BindError::System { path: path.to_owned(), call, source: error.into() }
     };
     let status = match lstat(path) {
         Ok(status) => status,

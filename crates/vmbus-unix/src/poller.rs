@@ -47,12 +47,7 @@ impl Poller {
         epoll::create(CreateFlags::CLOEXEC).map(Self)
     }
 
-    pub(crate) fn add(
-        &self,
-        fd: impl AsFd,
-        token: u64,
-        interest: Interest,
-    ) -> Result<(), Errno> {
+    pub(crate) fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> Result<(), Errno> {
         epoll::add(&self.0, fd, EventData::new_u64(token), interest.flags())
     }
 

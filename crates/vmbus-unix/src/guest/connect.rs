@@ -90,18 +90,9 @@ fn open(path: &Path, deadline: Instant) -> Result<Option<Link>, ConnectError> {
 
 /// The host's first frame; `None` if the deadline came first.
 fn receive(link: &Link, deadline: Instant) -> Result<Option<Received>, ConnectionError> {
-    let mut reset = false;
     loop {
-        match link.receive() {
-            Ok(Some(received)) => return Ok(Some(received)),
-            Ok(None) => {}
-            // A host that has closed without reading our greeting resets the connection; Linux tells of
-            // that before it gives what the host said, and only once.
-            Err(ConnectionError::Closed) if !reset => {
-                reset = true;
-                continue;
-            }
-            Err(error) => return Err(error),
+        if let Some(received) = link.receive()? {
+            return Ok(Some(received));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {

@@ -9,7 +9,7 @@ use vmbus_memory::GuestMemory;
 
 use super::lock;
 use super::session::Session;
-use crate::event::OwnEvent;
+use crate::event::{self, OwnEvent};
 use crate::frame::{Frame, Kind};
 use crate::poller::Poller;
 
@@ -18,7 +18,6 @@ use crate::poller::Poller;
 const VIRTUAL_PROCESSORS: u32 = 2048;
 
 /// What the bus and the thread that drives share.
-#[derive(Debug)]
 pub(super) struct Port {
     pub(super) poller: Poller,
     /// What guests of old versions ring for all their channels.
@@ -29,6 +28,20 @@ pub(super) struct Port {
 impl Port {
     pub(super) fn new(poller: Poller, event_port: OwnEvent) -> Self {
         Self { poller, event_port, session: Mutex::new(None) }
+    }
+
+    /// The guest rings the port for all channels of an old version: each of these is rung next, by
+    /// somebody who trusts that there is room.
+    pub(super) fn make_room(&self) {
+        let listening: Vec<_> = match &*self.session() {
+            Some(session) => session.listening.values().map(Arc::clone).collect(),
+            None => return,
+        };
+        for doorbell in listening {
+            if let Ok(event) = doorbell.event_fd() {
+                event::make_room(event);
+            }
+        }
     }
 
     /// The guest. Not to be held across a call to the bus, which calls back.
@@ -72,9 +85,15 @@ impl GuestPort for Port {
         let frame = Frame::new(Kind::Listening, connection_id, 0, &[]);
         let mut session = self.session();
         let Some(session) = &mut *session else { return Ok(()) };
-        session.send(&self.poller, frame, &[event]).map_err(io::Error::other)
+        session.send(&self.poller, frame, &[event]).map_err(io::Error::other)?;
+        session.listening.insert(connection_id, Arc::clone(&doorbell));
+        Ok(())
     }
 
     /// The guest keeps what it was given, and rings for nothing.
-    fn unlisten(&self, _connection_id: u32) {}
+    fn unlisten(&self, connection_id: u32) {
+        let doorbell =
+            self.session().as_mut().and_then(|session| session.listening.remove(&connection_id));
+        drop(doorbell); // foreign code, so not under our lock
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use kmcl::bus::Doorbell;
 use rustix::net::{Shutdown, shutdown};
 use vmbus_memory::GuestMemory;
 use vmbus_wire::message::MAX_CHANNEL_ID;
@@ -17,7 +18,6 @@ use crate::link::Link;
 use crate::poller::{Interest, Poller};
 
 /// A connected guest.
-#[derive(Debug)]
 pub(super) struct Session {
     pub(super) link: Link,
     pub(super) token: u64,
@@ -28,6 +28,8 @@ pub(super) struct Session {
     /// By event flag: what the guest gave along with its opens. In use as long as somebody else holds
     /// it as well.
     doorbells: BTreeMap<u16, Arc<PeerEvent>>,
+    /// By connection id: what the guest was given to ring.
+    pub(super) listening: BTreeMap<u32, Arc<dyn Doorbell>>,
     /// The bus has a message that the socket did not take.
     blocked: bool,
     interest: Interest,
@@ -46,6 +48,7 @@ impl Session {
             memory,
             attention,
             doorbells: BTreeMap::new(),
+            listening: BTreeMap::new(),
             blocked: false,
             interest: Interest::READ,
             failed: None,

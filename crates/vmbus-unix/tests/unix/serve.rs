@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use kmcl::Guid;
-use vmbus_unix::{BindError, ConnectError, ConnectionError, HostOptions, Reason, UnixGuest, UnixHost};
+use vmbus_unix::{
+    BindError, ConnectError, ConnectionError, HostOptions, Reason, UnixGuest, UnixHost,
+};
 
 use crate::ends::*;
 
@@ -14,7 +16,7 @@ fn packets_cross_and_come_back() {
     let server = Server::start();
     let client = Client::connect(server.path());
     for number in 0..2000u64 {
-        let payload = number.to_le_bytes().repeat(1 + number as usize % 60);
+        let payload = number.to_le_bytes().repeat(1 + usize::try_from(number % 60).unwrap());
         assert_eq!(client.echo(&payload).unwrap(), payload, "packet {number}");
     }
     assert_eq!(server.host.guest().unwrap().pid, i32::try_from(std::process::id()).unwrap());
@@ -30,7 +32,7 @@ fn many_channels_share_a_connection() {
     for (channel, seen) in &others {
         expect(seen, Seen::Opened);
         expect(seen, Seen::Started);
-        assert_eq!(channel.get_interface_instance().to_u128() >= 2, true);
+        assert!(channel.get_interface_instance().to_u128() >= 2);
     }
     std::thread::scope(|scope| {
         for (channel, _) in &others {

@@ -44,10 +44,8 @@ fn host_and_guest_meet_at_the_newest_version_that_both_have() {
         let bus = Config { newest_version, ..Config::default() };
         let server = Server::start_with(HostOptions { bus, ..HostOptions::default() }, 1);
         let client = Client::connect_with(server.path(), options(&newest_first)).unwrap();
-        assert!(
-            matches!(client.guest.bus().state(), ConnectionState::Connected { version, .. }
-                if version == newest_version)
-        );
+        assert!(matches!(client.guest.bus().state(), ConnectionState::Connected { version, .. }
+                if version == newest_version));
         assert_eq!(client.echo(b"we meet.").unwrap(), b"we meet.");
     }
 }
@@ -56,8 +54,7 @@ fn host_and_guest_meet_at_the_newest_version_that_both_have() {
 fn no_common_version_ends_the_connection_and_says_so() {
     let bus = Config { newest_version: Version::V2_4, ..Config::default() };
     let server = Server::start_with(HostOptions { bus, ..HostOptions::default() }, 1);
-    let client =
-        Client::start(server.path(), options(&[Version::V5_3, Version::V4_0])).unwrap();
+    let client = Client::start(server.path(), options(&[Version::V5_3, Version::V4_0])).unwrap();
     let lost = loop {
         if let Some(lost) = client.guest.lost() {
             break lost;
@@ -81,9 +78,7 @@ fn features_are_those_that_both_ends_have() {
     let mut options = GuestOptions::new(MEMORY);
     options.config.features = FeatureFlags::PAUSE_RESUME;
     let client = Client::connect_with(server.path(), options).unwrap();
-    assert!(
-        matches!(client.guest.bus().state(), ConnectionState::Connected { features, .. }
-            if features == FeatureFlags::PAUSE_RESUME)
-    );
+    assert!(matches!(client.guest.bus().state(), ConnectionState::Connected { features, .. }
+            if features == FeatureFlags::PAUSE_RESUME));
     assert_eq!(client.echo(b"fewer...").unwrap(), b"fewer...");
 }
