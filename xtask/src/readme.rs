@@ -1,4 +1,4 @@
-//! The documents' commands, held to what the programs really are.
+//! The documents' commands and links, held to what the programs and files really are.
 //!
 //! A command is a line of a fenced block marked `sh`; what the README's first command prints is the
 //! first block marked `text`.
@@ -15,8 +15,8 @@ use crate::workspace::Workspace;
 /// The README opens with these two, in this order.
 const FIRST_COMMANDS: [&str; 2] = ["cargo run --release -p kmcl-cli -- demo", "cargo xtask test"];
 
-/// Documents whose commands are checked, by path from the root.
-const DOCUMENTS: [&str; 2] = ["README.md", "CONTRIBUTING.md"];
+/// Documents that are checked, by path from the root; all of them stand there.
+const DOCUMENTS: [&str; 3] = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"];
 
 /// The commands of a document, in order.
 pub(crate) fn commands(document: &str) -> Vec<String> {
@@ -56,6 +56,31 @@ pub(crate) fn wrong_commands(workspace: &Workspace) -> Result<Vec<String>, Failu
         wrong.push(".ci/run: does not call `cargo xtask test`".to_owned());
     }
     Ok(wrong)
+}
+
+/// Every link of the documents to a file that does not exist.
+pub(crate) fn broken_links(workspace: &Workspace) -> Result<Vec<String>, Failure> {
+    let mut broken = Vec::new();
+    for path in DOCUMENTS {
+        for link in links(&workspace.read(path)?) {
+            if !workspace.root().join(&link).exists() {
+                broken.push(format!("{path}: {link} does not exist"));
+            }
+        }
+    }
+    Ok(broken)
+}
+
+/// The targets of a document's links to files beside it, without the place inside the file.
+fn links(document: &str) -> Vec<String> {
+    document
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next())
+        .filter_map(|target| target.split('#').next())
+        .filter(|target| !target.is_empty() && !target.contains("://"))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// `command` as a process; it has no quoting, as the documents use none.
@@ -131,8 +156,8 @@ fn blocks(document: &str, language: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// `line` with each run of digits (and the signs inside a number), each unit of bytes, and each run
-/// of spaces replaced by one sign: what may differ from one machine and run to the next.
+/// `line` with each number, each unit, the name of the back end, and each run of spaces replaced by
+/// one sign: what may differ from one machine and run to the next.
 fn without_figures(line: &str) -> String {
     line.split_whitespace()
         .map(|word| {
@@ -144,6 +169,8 @@ fn without_figures(line: &str) -> String {
             "KiB" | "MiB" | "GiB" => "B".to_owned(),
             "KiB/s" | "MiB/s" | "GiB/s" => "B/s".to_owned(),
             "us" | "ms" | "s" => "s".to_owned(),
+            // A kernel or container may refuse io_uring.
+            "io_uring;" | "threads;" => "back-end;".to_owned(),
             _ => word,
         })
         .collect::<Vec<_>>()
@@ -161,6 +188,12 @@ mod tests {
     fn commands_are_the_lines_of_shell_blocks() {
         assert_eq!(commands(DOCUMENT), ["cargo xtask test", "cargo xtask bench"]);
         assert_eq!(shown_output(DOCUMENT), ["read 64 MiB at 3.1 GiB/s"]);
+    }
+
+    #[test]
+    fn links_are_those_to_files() {
+        let document = "[a](docs/a.md) and [b](docs/b.md#part), [c](#here), [d](https://x.org/)";
+        assert_eq!(links(document), ["docs/a.md", "docs/b.md"]);
     }
 
     #[test]
@@ -189,6 +222,11 @@ mod tests {
             ("lost 0", "lost 0 ", true),
             ("in 1.25s", "in 12s", true),
             ("in 12s", "in s", false),
+            (
+                "server is process 7, back end io_uring;",
+                "server is process 12, back end threads;",
+                true,
+            ),
         ] {
             let differences = differences(&[shown.to_owned()], &[printed.to_owned()]);
             assert_eq!(differences.is_empty(), same, "{shown} / {printed}: {differences:?}");

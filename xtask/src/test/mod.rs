@@ -25,8 +25,8 @@ const STEPS: &[Step] = &[
     },
     Step { name: "format", about: "the sources are as rustfmt writes them", run: style::format },
     Step {
-        name: "readme",
-        about: "the commands in the documents are commands that exist",
+        name: "documents",
+        about: "the commands and links in the documents are real",
         run: style::documents,
     },
     Step { name: "clippy", about: "no lint fires in any target", run: style::clippy },

@@ -36,5 +36,6 @@ pub(super) fn docs(workspace: &Workspace) -> Result<(), Failure> {
 }
 
 pub(super) fn documents(workspace: &Workspace) -> Result<(), Failure> {
-    none_of("commands in the documents that are not so", readme::wrong_commands(workspace)?)
+    none_of("commands in the documents that are not so", readme::wrong_commands(workspace)?)?;
+    none_of("links in the documents that lead nowhere", readme::broken_links(workspace)?)
 }
