@@ -10,6 +10,7 @@ use clap::Parser;
 
 use crate::Arguments;
 use crate::run::Failure;
+use crate::test;
 use crate::workspace::Workspace;
 
 /// The README opens with these two, in this order.
@@ -51,6 +52,10 @@ pub(crate) fn wrong_commands(workspace: &Workspace) -> Result<Vec<String>, Failu
     let first = commands(&workspace.read("README.md")?);
     if !first.iter().take(2).eq(FIRST_COMMANDS.iter()) {
         wrong.push(format!("README.md: the first commands are not {FIRST_COMMANDS:?}"));
+    }
+    let last_line = format!("all {} steps passed", test::names().len());
+    if !workspace.read("README.md")?.contains(&last_line) {
+        wrong.push(format!("README.md: does not say how the check ends: {last_line}"));
     }
     if !workspace.read(".ci/run")?.lines().any(|line| line.ends_with("cargo xtask test")) {
         wrong.push(".ci/run: does not call `cargo xtask test`".to_owned());
