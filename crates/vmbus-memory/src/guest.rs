@@ -42,8 +42,10 @@ impl GuestMemory {
     /// shrink nor grow and can be given to a peer.
     ///
     /// # Errors
-    /// A size that is no whole number of pages, 0 or over [`MAX_MEMORY_BYTES`](crate::MAX_MEMORY_BYTES); a refusal by the
+    /// A size that is no whole number of pages, 0 or over [`MAX_MEMORY_BYTES`]; a refusal by the
     /// system.
+    ///
+    /// [`MAX_MEMORY_BYTES`]: crate::MAX_MEMORY_BYTES
     pub fn memfd(bytes: u64) -> Result<Self, MemoryError> {
         check_placement(0, bytes, 0)?;
         check_total(bytes)?;
@@ -64,8 +66,11 @@ impl GuestMemory {
     ///
     /// # Errors
     /// Everything about `regions` is the peer's word and is checked: their number
-    /// ([`MAX_REGIONS`](crate::MAX_REGIONS)), alignment, ends, overlaps, sum ([`MAX_MEMORY_BYTES`](crate::MAX_MEMORY_BYTES)), the seal, the size
-    /// and the kind of each file. Nothing stays mapped or open after an error.
+    /// ([`MAX_REGIONS`](crate::MAX_REGIONS)), alignment, ends, overlaps, sum
+    /// ([`MAX_MEMORY_BYTES`]), the seal, the size and the kind of each file. Nothing stays mapped or
+    /// open after an error.
+    ///
+    /// [`MAX_MEMORY_BYTES`]: crate::MAX_MEMORY_BYTES
     pub fn from_fds(regions: Vec<FdRegion>) -> Result<Self, MemoryError> {
         check_count(regions.len())?;
         let mut total = 0u64;
@@ -213,9 +218,14 @@ impl GuestMemory {
         self.0.log.is_some()
     }
 
-    pub(crate) fn mark_dirty(&self, gpa: u64, len: u64) {
-        if let Some(log) = &self.0.log {
-            log.wrote(gpa, len);
+    /// Reports `len` bytes from `gpa` on as written, to an owner that keeps track. Needed only for
+    /// bytes that somebody else has moved, such as the kernel; after they were, never before. What is
+    /// not RAM is left out.
+    pub fn mark_dirty(&self, gpa: u64, len: u64) {
+        if self.tracks_writes()
+            && let Ok(pieces) = self.pieces(gpa, len)
+        {
+            pieces.for_each(|piece| piece.mark_dirty(0, piece.len()));
         }
     }
 

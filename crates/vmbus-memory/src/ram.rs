@@ -38,7 +38,8 @@ pub unsafe trait GuestRam: Send + Sync {
         false
     }
 
-    /// Called after `len` bytes at guest physical address `gpa` have been written through us.
+    /// Called after `len` bytes at guest physical address `gpa`, all in one region, have been written
+    /// through us.
     fn mark_dirty(&self, gpa: u64, len: u64) {
         let _ = (gpa, len);
     }

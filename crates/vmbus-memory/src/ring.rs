@@ -1,4 +1,14 @@
 //! The pages of one ring.
+//!
+//! # Two addresses for one byte
+//!
+//! In the mapped form every byte of data has two addresses here and a third in its region, and the
+//! two ends of a ring in one process have mappings of their own. The compiler takes them for
+//! different bytes and could move a store to one over a load from another. Nothing depends on it
+//! not doing so: whatever is written by one address and read by another is ordered by the index
+//! protocols, whose releases, acquires and fences hold for all addresses; and the `asm!` copies are
+//! not moved over each other at all. The processor orders by what the addresses mean, not by the
+//! addresses.
 #![allow(unsafe_code, reason = "makes slices and atomics of ring pages")]
 
 use core::fmt;

@@ -212,8 +212,8 @@ impl<'a> SharedSlice<'a> {
             .view
             .at(offset, from.len())
             .ok_or_else(|| self.view.outside(offset, from.len()))?;
-        // SAFETY: C1: `at` and S1; `from` is a slice. C2, C3: nobody writes `from` while it is borrowed,
-        // and no reference points into shared memory (M2). C4: M2.
+        // SAFETY: C1: `at` and S1; `from` is a slice. C2, C3: nobody writes `from` while it is
+        // borrowed, and no reference points into shared memory (M2). C4: M2.
         unsafe { copy::store(to.as_ptr(), from.as_ptr(), from.len()) };
         self.mark_dirty(offset, from.len());
         Ok(())
@@ -278,7 +278,8 @@ impl<'a> SharedSlice<'a> {
     #[inline]
     pub fn mark_dirty(&self, offset: usize, len: usize) {
         if let Some((log, at)) = self.log {
-            log.wrote(at.saturating_add(offset as u64), len.min(self.len()) as u64);
+            let len = len.min(self.len().saturating_sub(offset));
+            log.wrote(at.saturating_add(offset as u64), len as u64);
         }
     }
 }

@@ -84,6 +84,12 @@ fn every_write_of_ours_is_marked() {
     assert_eq!(dirty(&ram), [1], "a word");
     slice.mark_dirty(4096, 4097);
     assert_eq!(dirty(&ram), [2, 3], "a report");
+    slice.mark_dirty(3 * 4096, usize::MAX);
+    assert_eq!(dirty(&ram), [4], "a report that ends with the slice");
+    memory.mark_dirty(7 * PAGE, 1);
+    memory.mark_dirty(17 * PAGE + 4095, 2);
+    memory.mark_dirty(7 * PAGE, 2 * PAGE);
+    assert_eq!(dirty(&ram), [7, 17, 18], "reports of RAM");
     slice.subslice(0, 4096).unwrap().copy_to(&slice.subslice(8192, 4096).unwrap()).unwrap();
     assert_eq!(dirty(&ram), [3], "the target of a copy");
 }

@@ -1,13 +1,20 @@
 //! One suite over every form a ring takes: mapped as a circle, page by page, and mapped in memory
 //! whose owner keeps track of writes.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may stop at a surprise")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test may stop at a surprise"
+)]
 #![allow(clippy::cast_possible_truncation, reason = "small test values")]
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -85,6 +92,7 @@ suite! {
     a_packet_is_what_it_was_when_it_was_checked
     signals_are_given_when_they_must_be
     space_is_asked_for_and_told
+    two_threads_lose_nothing
     rings_behave_like_queues
 }
 
@@ -674,6 +682,65 @@ fn space_is_asked_for_and_told(form: Form) {
     while rig.pop().is_some() {}
     assert!(rig.reader.publish());
     assert_eq!(rig.writer.request_space(u32::MAX), Ok(true));
+}
+
+/// Both ends asleep whenever they can be, each woken only when it must be: every packet arrives, and
+/// as it was sent. A signal that was not given shows as a wait that does not end.
+fn two_threads_lose_nothing(form: Form) {
+    const PACKETS: u64 = 20_000;
+    const LOST: Duration = Duration::from_secs(60);
+    let Rig { mut writer, mut reader, .. } = Rig::new(form, 1);
+    let (wake_reader, reader_woken) = mpsc::channel();
+    let (wake_writer, writer_woken) = mpsc::channel();
+    let batch = |n: u64| 1 + n * n % 7;
+    let payload = |id: u64| vec![id as u8; 8 * (id * 31 % 40) as usize];
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut sent = 0;
+            while sent < PACKETS {
+                for _ in 0..batch(sent).min(PACKETS - sent) {
+                    let packet = payload(sent);
+                    match writer.push(&in_band(sent, &[&packet])) {
+                        Ok(()) => sent += 1,
+                        Err(PushError::Full { needed, .. }) => {
+                            if writer.publish() {
+                                wake_reader.send(()).unwrap();
+                            }
+                            if !writer.request_space(needed).unwrap() {
+                                writer_woken.recv_timeout(LOST).unwrap();
+                                writer.clear_space_request();
+                            }
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+                if writer.publish() {
+                    wake_reader.send(()).unwrap();
+                }
+            }
+            // The reader may still signal; somebody must be there to hear it.
+            writer_woken
+        });
+        let mut received = 0;
+        while received < PACKETS {
+            for _ in 0..batch(received) {
+                let Some(packet) = reader.peek().unwrap() else { break };
+                assert_eq!(packet.transaction_id, received);
+                let mut got = vec![0; packet.payload_len as usize];
+                packet.copy_payload(&mut got);
+                assert_eq!(got, payload(received));
+                reader.advance();
+                received += 1;
+            }
+            if reader.publish() {
+                let _ = wake_writer.send(());
+            }
+            if received < PACKETS && !reader.unmask_and_check().unwrap() {
+                reader_woken.recv_timeout(LOST).unwrap();
+                reader.mask();
+            }
+        }
+    });
 }
 
 #[derive(Clone, Debug)]
