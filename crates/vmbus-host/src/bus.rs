@@ -229,7 +229,6 @@ impl HostBus {
         self.step(|host, effects| {
             host.closed(offer, effects); // first, so that the guest gets its answers before the rescind
             host.revoke(offer, effects);
-            host.closed(offer, effects); // if an open was waiting for the first
         });
         drop(device); // foreign code, not under the lock
     }

@@ -134,15 +134,15 @@ impl Channel {
         }
     }
 
-    /// Whether rings lie in this GPADL that the device uses, or is going to use.
+    /// Whether rings lie in this GPADL that the device uses. Those of an open that waits for the
+    /// device to let go of the last one do not count: nobody uses them yet.
     #[must_use]
     pub fn has_ring_in(&self, gpadl: u32) -> bool {
         match &self.open {
             OpenState::Closed | OpenState::Abandoned(_) => false,
             OpenState::Opening(open) | OpenState::Open(open) => open.ring_gpadl == gpadl,
-            OpenState::Closing(closing) => closing.ring_gpadl == gpadl,
-            OpenState::Reopening(closing, open) => {
-                closing.ring_gpadl == gpadl || open.ring_gpadl == gpadl
+            OpenState::Closing(closing) | OpenState::Reopening(closing, _) => {
+                closing.ring_gpadl == gpadl
             }
         }
     }

@@ -200,7 +200,7 @@ pub(crate) fn judge(
         version,
         features,
         slot,
-        client_id: client_id.filter(|_| features.contains(FeatureFlags::CLIENT_ID)),
+        client_id,
         interrupt_page,
         monitor_pages,
         offers_requested: false,

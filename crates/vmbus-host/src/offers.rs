@@ -136,7 +136,6 @@ impl Host {
         }
         let key = channel.params.key;
         channel.offer = OfferState::Released;
-        channel.modifying = None;
         if channel.open == OpenState::Closed {
             self.remove(offer);
         }

@@ -109,7 +109,7 @@ impl Host {
         if let Some(vp) = open.target_vp.filter(|vp| *vp >= vp_count) {
             return Err(Refusal::Vp { message, vp, vp_count });
         }
-        self.check_signal(offer, channel_id, &open)?;
+        self.check_signal(channel_id, &open)?;
         let rings = self.rings(offer, channel_id, &open)?;
 
         let Some(channel) = self.channels.get_mut(offer) else { return Ok(()) };
@@ -123,16 +123,10 @@ impl Host {
         Ok(())
     }
 
-    fn check_signal(
-        &self,
-        offer: OfferId,
-        channel_id: u32,
-        open: &OpenParams,
-    ) -> Result<(), Refusal> {
+    fn check_signal(&self, channel_id: u32, open: &OpenParams) -> Result<(), Refusal> {
         let OpenParams { connection_id, event_flag, .. } = *open;
-        let taken = self.channels.iter().any(|(other, channel)| {
-            other != offer && channel.signal_connection() == Some(connection_id)
-        });
+        let mut channels = self.channels.iter();
+        let taken = channels.any(|(_, channel)| channel.signal_connection() == Some(connection_id));
         let in_range = (LAST_RESERVED_CONNECTION + 1..=CONNECTION_ID_MASK).contains(&connection_id)
             && (1..=MAX_CHANNEL_ID).contains(&event_flag.into());
         if taken || !in_range {

@@ -1,6 +1,6 @@
 //! Moments at which guest and devices cross each other.
 
-use vmbus_host::{Connection, Effect, HvsockRequest, Interrupt, OfferId, SlotId, Usage};
+use vmbus_host::{Connection, Effect, HvsockRequest, Interrupt, OfferId, OpenState, SlotId, Usage};
 use vmbus_wire::status::NtStatus;
 
 use crate::bytes::*;
@@ -72,7 +72,8 @@ fn a_rescind_answers_what_the_guest_waits_for() {
     machine.ok(&close(1));
     machine.ok(&gpadl_teardown(1, RING));
     assert_eq!(machine.messages(), [gpadl_created(1, 8, DEVICE_REMOVED)]);
-    machine.closed(offers[0]);
+    // The device refuses the open after all, and so never had the ring.
+    machine.open_result(offers[0], NtStatus::UNSUCCESSFUL);
     assert_eq!(machine.messages(), [gpadl_torndown(RING)]);
     machine.ok(&release(1));
     assert_eq!(machine.host.usage(), Usage { channels: 1, ..Usage::default() });
@@ -124,7 +125,19 @@ fn a_channel_may_be_opened_again_before_its_device_has_let_go() {
     machine.open_result(offers[0], NtStatus::SUCCESS);
     assert_eq!(machine.messages(), [open_result(1, 0x7a, SUCCESS)]);
 
-    // In a ring that it takes back meanwhile: an open that fails, and a teardown that is answered.
+    // In another ring, which it takes back meanwhile: nobody uses it, and the open fails.
+    machine.ok(&close(1));
+    machine.create_gpadl(1, 7, &PAGES);
+    machine.ok(&open(1, 0x7c, 7, 0, 3));
+    machine.ok(&gpadl_teardown(1, 7));
+    assert_eq!(machine.messages(), [gpadl_torndown(7)]);
+    machine.closed(offers[0]);
+    assert_eq!(machine.messages(), [open_result(1, 0x7c, NtStatus::UNSUCCESSFUL.0)]);
+    machine.ok(&open(1, 0x7d, 6, 0, 3));
+    machine.open_result(offers[0], NtStatus::SUCCESS);
+    assert_eq!(machine.messages(), [open_result(1, 0x7d, SUCCESS)]);
+
+    // In the same ring, which it takes back meanwhile: the device still has it.
     machine.ok(&close(1));
     machine.ok(&open(1, 0x7b, 6, 0, 3));
     machine.ok(&gpadl_teardown(1, 6));
@@ -233,6 +246,13 @@ fn an_unload_without_a_connection_is_answered() {
     assert_eq!(machine.messages(), NONE);
 }
 
+fn target_vp(machine: &Machine, offer: OfferId) -> Option<u32> {
+    match &machine.host.channel(offer).unwrap().open {
+        OpenState::Open(open) => open.target_vp,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn interrupts_move_before_the_guest_is_told_so() {
     for (version, is_answered) in [(V4_1, false), (V5_2, false), (V5_3, true)] {
@@ -258,7 +278,9 @@ fn interrupts_move_before_the_guest_is_told_so() {
         for (_, stale) in moves {
             machine.host.retargeted(offers[0], stale, NtStatus::SUCCESS);
         }
+        assert_eq!(target_vp(&machine, offers[0]), Some(0), "{version:#x}");
         machine.host.retargeted(offers[0], serial, NtStatus::SUCCESS);
+        assert_eq!(target_vp(&machine, offers[0]), Some(vp), "{version:#x}");
         let answers = if is_answered { vec![modified(1, SUCCESS)] } else { vec![] };
         assert_eq!(machine.messages(), answers, "{version:#x}");
         machine.host.retargeted(offers[0], serial, NtStatus::SUCCESS); // once
@@ -340,6 +362,18 @@ fn answers_about_reserved_channels_survive_an_unload_and_a_pause() {
         machine.slot_messages(),
         [(DUMP, open_result(1, 0, SUCCESS)), (SLOT, unload_complete())]
     );
+
+    // The channel was being closed when the guest unloads.
+    let (mut machine, offers) = Machine::connected(V5_3, 1);
+    machine.create_gpadl(1, RING, &PAGES);
+    machine.ok(&open_reserved(1, 3, 7, RING, 4));
+    machine.open_result(offers[0], NtStatus::SUCCESS);
+    machine.slot_messages();
+    machine.ok(&close_reserved(1, 3, 7));
+    machine.ok(&unload());
+    machine.closed(offers[0]);
+    let expected = [(DUMP, reserved_closed(1)), (SLOT, unload_complete())];
+    assert_eq!(machine.slot_messages(), expected);
 
     // The channel was closing when the crash wanted it: the unload ends that.
     let (mut machine, offers) = Machine::connected(V5_3, 1);
