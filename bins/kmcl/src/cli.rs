@@ -94,18 +94,37 @@ pub(crate) enum BackEnd {
     Threads,
 }
 
+impl BackEnd {
+    /// The value as the command line has it.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::IoUring => "io_uring",
+            Self::Threads => "threads",
+        }
+    }
+}
+
 /// Serve disk images to guests, one guest process after another
 ///
 /// Prints one line when guests may connect; ends on SIGINT or SIGTERM with everything flushed.
 #[derive(Args, Debug)]
 #[command(after_help = Exit::table())]
 pub(crate) struct Serve {
-    /// An image to serve, with options: FILE[,ro][,cache=auto|direct|buffered]; may be repeated
-    #[arg(long = "disk", value_name = "FILE[,ro][,cache=MODE]", required = true)]
+    /// An image to serve, with options: FILE[,ro][,cache=direct|buffered][,sector=512|4096]; may be
+    /// repeated
+    ///
+    /// The first one is LUN 0, the next one LUN 1, and so on. `ro` refuses writes. `cache=direct`, the
+    /// default, passes the page cache of this machine by where the file allows it; `cache=buffered`
+    /// uses it. `sector` is the disk's logical block size, 512 by default.
+    #[arg(long = "disk", value_name = "FILE[,OPTION]...", required = true)]
     pub(crate) disks: Vec<DiskSpec>,
     /// Where to listen: a Unix socket that is made, and removed at the end
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
+    /// End when standard input ends, as the server of a demonstration does
+    #[arg(long, hide = true)]
+    pub(crate) until_eof: bool,
     #[command(flatten)]
     pub(crate) back_end: BackEndArgs,
 }
@@ -116,14 +135,14 @@ pub(crate) struct DiskSpec {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
     pub(crate) cache: Cache,
+    /// Bytes of a logical block.
+    pub(crate) sector: u32,
 }
 
 /// Whether the page cache of this machine is used for an image.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Cache {
     /// Passed by where the file allows it.
-    Auto,
-    /// Passed by, or refused.
     Direct,
     /// Used.
     Buffered,
@@ -134,7 +153,7 @@ pub(crate) enum Cache {
 pub(crate) enum DiskSpecError {
     #[error("the name of the file is missing")]
     NoPath,
-    #[error("unknown option \"{0}\"; there are ro and cache=auto|direct|buffered")]
+    #[error("unknown option \"{0}\"; there are ro, cache=direct|buffered and sector=512|4096")]
     Option(String),
 }
 
@@ -147,13 +166,14 @@ impl std::str::FromStr for DiskSpec {
         if path.as_os_str().is_empty() {
             return Err(DiskSpecError::NoPath);
         }
-        let mut spec = Self { path, read_only: false, cache: Cache::Auto };
+        let mut spec = Self { path, read_only: false, cache: Cache::Direct, sector: 512 };
         for option in parts {
             match option {
                 "ro" => spec.read_only = true,
-                "cache=auto" => spec.cache = Cache::Auto,
                 "cache=direct" => spec.cache = Cache::Direct,
                 "cache=buffered" => spec.cache = Cache::Buffered,
+                "sector=512" => spec.sector = 512,
+                "sector=4096" => spec.sector = 4096,
                 _ => return Err(DiskSpecError::Option(option.to_owned())),
             }
         }
@@ -329,12 +349,17 @@ mod tests {
 
     #[test]
     fn disks_are_given_with_options() {
-        let spec = |path: &str, read_only, cache| DiskSpec { path: path.into(), read_only, cache };
+        let spec = |path: &str, read_only, cache, sector| DiskSpec {
+            path: path.into(),
+            read_only,
+            cache,
+            sector,
+        };
         for (text, expected) in [
-            ("a.img", Ok(spec("a.img", false, Cache::Auto))),
-            ("a.img,ro", Ok(spec("a.img", true, Cache::Auto))),
-            ("/x/b,cache=direct", Ok(spec("/x/b", false, Cache::Direct))),
-            ("b,cache=buffered,ro", Ok(spec("b", true, Cache::Buffered))),
+            ("a.img", Ok(spec("a.img", false, Cache::Direct, 512))),
+            ("a.img,ro", Ok(spec("a.img", true, Cache::Direct, 512))),
+            ("/x/b,cache=direct,sector=4096", Ok(spec("/x/b", false, Cache::Direct, 4096))),
+            ("b,cache=buffered,ro", Ok(spec("b", true, Cache::Buffered, 512))),
             ("", Err(DiskSpecError::NoPath)),
             (",ro", Err(DiskSpecError::NoPath)),
             ("a,rw", Err(DiskSpecError::Option("rw".into()))),

@@ -1,7 +1,10 @@
 //! One module per command: each takes its arguments, does its work, and reports.
 
 mod completions;
+mod demo;
+mod disk;
 mod man;
+mod serve;
 
 use crate::cli::Command;
 use crate::exit::Result;
@@ -15,6 +18,8 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
     match command {
         Command::Completions(arguments) => completions::run(&arguments),
         Command::Man(arguments) => man::run(&arguments, output),
-        _ => Ok(()),
+        Command::Demo(arguments) => demo::run(&arguments, output),
+        Command::Disk(command) => disk::run(command, output),
+        Command::Serve(arguments) => serve::run(&arguments, output),
     }
 }

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The exit codes, all of them. `--help` and the man page print [`Exit::table`].
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub(crate) enum Exit {
@@ -67,8 +67,7 @@ pub(crate) struct Failure {
     /// What happened, with names and numbers.
     #[serde(rename = "message")]
     what: String,
-    /// What to do about it.
-    #[serde(rename = "advice")]
+    /// What to do about it; empty where the message says so itself.
     advice: String,
     /// For [`Exit::Mismatch`]: the first byte of the disk that differs.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,7 +117,10 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; {}", self.what, self.advice)
+        match self.advice.as_str() {
+            "" => f.write_str(&self.what),
+            advice => write!(f, "{}; {advice}", self.what),
+        }
     }
 }
 

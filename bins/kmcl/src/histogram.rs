@@ -29,7 +29,8 @@ impl Default for Histogram {
 /// have the same leading 7 bits.
 fn bucket(value: u64) -> usize {
     let shift = (64 - SUB_BITS).saturating_sub(value.leading_zeros() + 1);
-    ((u64::from(shift) << SUB_BITS) + (value >> shift)) as usize
+    let index = (u64::from(shift) << SUB_BITS) + (value >> shift);
+    usize::try_from(index).unwrap_or(BUCKETS) // below BUCKETS for every value
 }
 
 /// The largest value that falls into bucket `index`.

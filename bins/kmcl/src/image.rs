@@ -29,6 +29,24 @@ impl Image {
     /// # Errors
     /// A [`Failure`] of kind disk that says what is wrong with the file.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let image = Self::open_any(path)?;
+        let (bytes, shown) = (image.bytes, path.display());
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
+            return Err(Failure::disk(
+                format_args!(
+                    "{shown} has {bytes} bytes, which is no whole number of 512-byte sectors"
+                ),
+                format_args!("grow it with: truncate -s %{SECTOR} {shown}"),
+            ));
+        }
+        Ok(image)
+    }
+
+    /// As [`Self::open`], for a file of any size.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub(crate) fn open_any(path: &Path) -> Result<Self> {
         let shown = path.display();
         let file = File::open(path).map_err(|error| {
             let advice = match error.kind() {
@@ -57,15 +75,28 @@ impl Image {
         let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|error| {
             Failure::disk(format_args!("cannot measure {shown}: {error}"), "check the file system")
         })?;
-        if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(Failure::disk(
-                format_args!(
-                    "{shown} has {bytes} bytes, which is no whole number of 512-byte sectors"
-                ),
-                format_args!("grow it with: truncate -s %{SECTOR} {shown}"),
-            ));
-        }
         Ok(Self { path: path.to_path_buf(), file, bytes })
+    }
+
+    /// Holds the image against whoever serves it for writing, as long as this value lives.
+    ///
+    /// # Errors
+    /// A [`Failure`] of kind disk if somebody does.
+    pub(crate) fn lock_shared(&self) -> Result<()> {
+        match rustix::fs::flock(&self.file, rustix::fs::FlockOperation::NonBlockingLockShared) {
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Failure::disk(
+                format_args!("{} is in use by another process", self.path.display()),
+                "stop that one, or name a copy",
+            )),
+            // A file system without locks has nobody who holds one.
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks the system to drop what it keeps of the file in memory, so that the next read shows what
+    /// the file system really has. Best effort: what is dirty or in use stays.
+    pub(crate) fn forget_cached(&self) {
+        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
     }
 
     /// Reads `into` from byte `offset` on, through the page cache of this process's own view.

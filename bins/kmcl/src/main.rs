@@ -2,11 +2,16 @@
 
 mod cli;
 mod commands;
+mod connection;
 mod exit;
 mod histogram;
 mod image;
+mod interrupt;
 mod output;
+mod progress;
 mod size;
+mod storage_failure;
+mod workers;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

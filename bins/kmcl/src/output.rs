@@ -1,18 +1,14 @@
 //! The one place where the program writes: results to standard output, as a table or as JSON;
 //! progress bars and the one line of a failure to standard error.
 
-use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::exit::{Exit, Failure, Result};
+use crate::progress::{Length, Progress};
 use crate::size::Size;
-
-/// A bar is shown for what takes longer than this.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a command has found out: serialised for programs, a table for people.
 pub(crate) trait Report: Serialize {
@@ -38,19 +34,17 @@ impl Output {
         }
     }
 
-    /// A bar for `bytes` bytes of `what`; shown only if it takes a while and somebody watches.
-    pub(crate) fn progress(&self, what: &'static str, bytes: u64) -> Progress {
+    /// Whether results go to a program.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// A bar for `what`, which takes `length`; shown only if it takes a while and somebody watches.
+    pub(crate) fn progress(&self, what: &'static str, length: Length) -> Progress {
         if self.json || !self.stderr_is_terminal {
             return Progress::hidden();
         }
-        let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::hidden());
-        let template =
-            "{msg:<28} {bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
-        bar.set_style(
-            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
-        );
-        bar.set_message(what);
-        Progress { bar, hidden_since: Cell::new(Some(Instant::now())) }
+        Progress::start(what, length)
     }
 
     /// Tells people, not programs, that a step is done.
@@ -75,7 +69,7 @@ impl Output {
     }
 
     fn json_line(&self, value: &impl Serialize) -> Result<()> {
-        let json = serde_json::to_string(value).map_err(|error| {
+        let json = json_of(value).map_err(|error| {
             Failure::system(format_args!("cannot write the result as JSON: {error}"), "report this")
         })?;
         write_out(format_args!("{json}\n"))
@@ -94,7 +88,7 @@ impl Output {
             failure: &'a Failure,
         }
         let error = Error { exit_code: failure.exit as u8, failure };
-        let line = match serde_json::to_string(&Line { error }) {
+        let line = match json_of(&Line { error }) {
             Ok(json) if self.json => json,
             _ => format!("kmcl: {failure}"),
         };
@@ -102,6 +96,35 @@ impl Output {
         let _ = writeln!(io::stderr(), "{line}");
         failure.exit
     }
+}
+
+/// One line of JSON that people can read, too: with a space after each colon and comma.
+fn json_of(value: &impl Serialize) -> serde_json::Result<String> {
+    struct Spaced;
+    impl serde_json::ser::Formatter for Spaced {
+        fn begin_array_value<W: ?Sized + Write>(
+            &mut self,
+            out: &mut W,
+            first: bool,
+        ) -> io::Result<()> {
+            if first { Ok(()) } else { out.write_all(b", ") }
+        }
+
+        fn begin_object_key<W: ?Sized + Write>(
+            &mut self,
+            out: &mut W,
+            first: bool,
+        ) -> io::Result<()> {
+            self.begin_array_value(out, first)
+        }
+
+        fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+            out.write_all(b": ")
+        }
+    }
+    let mut bytes = Vec::new();
+    value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn write_out(text: std::fmt::Arguments<'_>) -> Result<()> {
@@ -115,35 +138,6 @@ pub(crate) fn stdout_failure(error: io::Error) -> Failure {
         format_args!("cannot write to standard output: {error}"),
         "check what it is connected to",
     )
-}
-
-/// How far something long has come. Cleared from the terminal when dropped.
-pub(crate) struct Progress {
-    bar: ProgressBar,
-    /// Since when the bar has been waiting to be worth showing.
-    hidden_since: Cell<Option<Instant>>,
-}
-
-impl Progress {
-    /// Progress that nobody sees.
-    pub(crate) fn hidden() -> Self {
-        Self { bar: ProgressBar::hidden(), hidden_since: Cell::new(None) }
-    }
-
-    /// `bytes` more are done.
-    pub(crate) fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
-        if self.hidden_since.get().is_some_and(|since| since.elapsed() >= PATIENCE) {
-            self.hidden_since.set(None);
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
 }
 
 /// Rows of cells, the first row being the heading if there is one.
@@ -186,7 +180,7 @@ impl Table {
         let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
         let rule = "─".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1));
         let mut text = String::new();
-        let mut push_rule = |text: &mut String| {
+        let push_rule = |text: &mut String| {
             if rules {
                 text.push_str(&rule);
                 text.push('\n');
@@ -235,6 +229,12 @@ mod tests {
         assert_eq!(ruled.lines().next().unwrap().chars().count(), 13);
         assert_eq!(Table::pairs().pair("a", 1).pair("bcd", 2).render(false), "a    1\nbcd  2\n");
         assert_eq!(Table::pairs().render(false), "");
+    }
+
+    #[test]
+    fn json_is_one_line_with_spaces() {
+        let value = serde_json::json!({ "a": 1, "b": [1, 2], "c": "x\ny" });
+        assert_eq!(json_of(&value).unwrap(), r#"{"a": 1, "b": [1, 2], "c": "x\ny"}"#);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::Image;
 use crate::exit::{Failure, Result};
-use crate::output::Progress;
+use crate::progress::Progress;
 
 /// Most bytes asked of the kernel at once, so that progress is seen.
 const STEP: usize = 8 << 20;

@@ -14,6 +14,12 @@ use crate::exit::{Failure, Result};
 /// The smallest image worth making: room for a journal, the tables, and some files.
 pub(crate) const MIN_BYTES: u64 = 8 << 20;
 
+/// What the smallest file systems need for themselves, in bytes: journal, inode tables, bitmaps.
+const OVERHEAD: u64 = 6 << 20;
+
+/// Bytes of a block of the file system: what the smallest file or directory takes.
+const BLOCK: u64 = 4096;
+
 /// Files come from here, in this order, until the image is half full. All are text, tables and
 /// programs that Linux distributions install everywhere.
 const SOURCES: [&str; 4] =
@@ -45,7 +51,7 @@ pub(crate) fn make(target: &Path, bytes: u64, work: &Path) -> Result<usize> {
         )
     };
     fs::create_dir(&content).map_err(cannot_gather)?;
-    let files = gather(&content, bytes / 2).map_err(cannot_gather)?;
+    let files = gather(&content, bytes.saturating_sub(OVERHEAD) / 2).map_err(cannot_gather)?;
     let kib = format!("{}k", bytes >> 10);
     let made = Command::new(mkfs)
         .args(["-q", "-F", "-L", "kmcl-demo", "-b", "4096", "-d"])
@@ -68,7 +74,7 @@ pub(crate) fn make(target: &Path, bytes: u64, work: &Path) -> Result<usize> {
     Ok(files)
 }
 
-/// Copies files into `content` until they take `budget` bytes of blocks.
+/// Copies files into `content` until they and their directories take `budget` bytes of blocks.
 fn gather(content: &Path, budget: u64) -> io::Result<usize> {
     let mut gathered = Gathered { content, budget, files: 0 };
     if let Ok(program) = std::env::current_exe() {
@@ -94,7 +100,7 @@ impl Gathered<'_> {
             entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
         paths.sort(); // the same machine makes the same image
         for path in paths {
-            if self.files == MAX_FILES || self.budget < 4096 {
+            if self.files == MAX_FILES || self.budget < BLOCK {
                 break;
             }
             match fs::symlink_metadata(&path).map(|metadata| metadata.file_type()) {
@@ -110,14 +116,15 @@ impl Gathered<'_> {
     fn take(&mut self, path: &Path) -> io::Result<()> {
         use std::os::unix::fs::PermissionsExt;
         let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
-        let taken = metadata.len().next_multiple_of(4096).max(4096);
+        let Ok(relative) = path.strip_prefix("/") else { return Ok(()) };
+        let target = self.content.join(relative);
+        let new_directories = target.ancestors().skip(1).filter(|parent| !parent.exists()).count();
+        let taken = metadata.len().next_multiple_of(BLOCK) + new_directories as u64 * BLOCK;
         let for_everyone = metadata.permissions().mode() & 0o004 != 0; // no secrets in a demo
         if !for_everyone || taken > self.budget || metadata.len() == 0 {
             return Ok(());
         }
-        let Ok(relative) = path.strip_prefix("/") else { return Ok(()) };
         let Ok(mut source) = fs::File::open(path) else { return Ok(()) };
-        let target = self.content.join(relative);
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent)?;
         }

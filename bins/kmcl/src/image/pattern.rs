@@ -8,7 +8,8 @@
 use super::SECTOR;
 
 /// Bytes of a sector, as a slice length.
-const SECTOR_LEN: usize = SECTOR as usize;
+const SECTOR_LEN: usize = 512;
+const _: () = assert!(SECTOR_LEN as u64 == SECTOR);
 
 /// How a sector differs from what was written there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
