@@ -3,27 +3,29 @@
 mod completions;
 mod handshake;
 mod lane;
+mod luns;
 mod requests;
 mod reset;
 
 use std::error::Error as StdError;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
 
 use kmcl::bus::Bus;
-use kmcl::{Channel, ChannelState, Guid, IncomingPacket, NtStatus, SendFlags, Side};
+use kmcl::{Channel, ChannelState, Guid, IncomingPacket, NtStatus, Side};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vstor_wire::packet::{MAX_PACKET_BYTES, Operation, PacketForm, VstorPacket};
+use vstor_wire::packet::{MAX_PACKET_BYTES, PacketForm, VstorPacket};
 use vstor_wire::srb::ScsiAddress;
 
 use self::handshake::{Effect, Handshake};
 use self::lane::{Lane, reset_concerns};
+use self::luns::Luns;
 use self::reset::PendingReset;
 use crate::disk::{Disk, MAX_TRANSFER_BYTES};
 use crate::driver::Driver;
-use crate::scsi::bus::{Lun, LunError, LunTable};
+use crate::scsi::bus::LunError;
 
 pub use self::completions::Completions;
 pub use self::requests::REQUESTS_PER_CHANNEL;
@@ -67,6 +69,9 @@ pub enum ControllerError {
     /// The driver refuses.
     #[error("the storage controller cannot be driven: {0}")]
     Driver(#[source] Box<dyn StdError + Send + Sync>),
+    /// The controller is being closed.
+    #[error("the storage controller is closed")]
+    Closed,
     /// Subchannels of the guest's former initialisation have requests to finish.
     #[error("subchannels of the former initialisation are still closing")]
     SubChannelsClosing,
@@ -88,14 +93,11 @@ struct Core {
     bus: Arc<dyn Bus>,
     driver: Arc<dyn Driver>,
     config: ControllerConfig,
-    luns: RwLock<LunTable>,
+    luns: Luns,
     handshake: Mutex<Handshake>,
     /// Mirrors whether SRBs are welcome, and in which form: a `FORM_*` constant.
     form: AtomicU8,
     lanes: RwLock<Lanes>,
-    completions: Mutex<Vec<Arc<Completions>>>,
-    /// One of `completions` is of a disk that was detached.
-    has_detached: AtomicBool,
 }
 
 /// The channels.
@@ -140,12 +142,10 @@ impl ScsiController {
             bus,
             driver,
             config: ControllerConfig { max_sub_channels, ..config },
-            luns: RwLock::default(),
+            luns: Luns::default(),
             handshake: Mutex::new(Handshake::new(max_sub_channels)),
             form: AtomicU8::new(FORM_NONE),
             lanes: RwLock::default(),
-            completions: Mutex::default(),
-            has_detached: AtomicBool::new(false),
         });
         core.add_lane(0)?;
         Ok(Self { core })
@@ -217,14 +217,6 @@ impl Core {
         }
     }
 
-    fn luns(&self) -> RwLockReadGuard<'_, LunTable> {
-        self.luns.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_luns(&self) -> RwLockWriteGuard<'_, LunTable> {
-        self.luns.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn read_lanes(&self) -> RwLockReadGuard<'_, Lanes> {
         self.lanes.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -254,7 +246,7 @@ impl Core {
             lanes.next_id = lanes.next_id.wrapping_add(1);
             lanes.next_id
         };
-        let lane = Lane::new(id, index, self.myself.clone());
+        let lane = Lane::new(id, index, self.myself.upgrade().ok_or(ControllerError::Closed)?);
         let ControllerConfig { instance, name, .. } = &self.config;
         // A constant.
         let packet_bytes = u32::try_from(MAX_PACKET_BYTES).unwrap_or(u32::MAX);
@@ -296,7 +288,7 @@ impl Core {
                     PacketForm::Full => FORM_FULL,
                     PacketForm::Compact => FORM_COMPACT,
                 };
-                self.luns().forget_changes();
+                self.luns.table().forget_changes();
                 self.form.store(form, Ordering::Release);
             }
             Effect::OfferSubChannels(count) => {
@@ -365,9 +357,13 @@ impl Core {
 
     /// See [`ScsiController::close`].
     fn close(&self) {
+        // The primary channel first: it could still be making subchannels.
+        if let Some(primary) = self.channel(0) {
+            self.driver.remove_channel(&primary);
+        }
         let channels: Vec<Channel> =
             self.read_lanes().iter().map(|(channel, _)| channel.clone()).collect();
-        let completions = std::mem::take(&mut *lock(&self.completions));
+        let completions = self.luns.take_completions();
         // From here on this thread drives what is left: the driver's may have ended already.
         for channel in &channels {
             self.driver.remove_channel(channel);
@@ -387,121 +383,15 @@ impl Core {
                 wait_for(&completions);
             }
         }
+        // Lanes hold the controller, and it holds them.
+        drop(std::mem::take(&mut *self.write_lanes()));
         for channel in channels {
             channel.cleanup();
         }
-        for lun in self.luns().iter() {
-            lun.disk.release();
-        }
-        for one in &completions {
-            one.lun().disk.release();
-        }
+        self.luns.clear();
     }
 
-    // ---- LUNs -------------------------------------------------------------------------------------
-
-    fn attach(&self, address: ScsiAddress, disk: Arc<Disk>) -> Result<(), ControllerError> {
-        if !disk.claim() {
-            return Err(LunError::InUse { address }.into());
-        }
-        let attached = self.attach_claimed(address, &disk);
-        if attached.is_err() {
-            disk.release();
-        }
-        attached?;
-        self.notify();
-        Ok(())
-    }
-
-    fn attach_claimed(
-        &self,
-        address: ScsiAddress,
-        disk: &Arc<Disk>,
-    ) -> Result<(), ControllerError> {
-        let lun = Lun::new(address, Arc::clone(disk));
-        // Before the guest can reach the disk, somebody must wait for its completions.
-        let completions = match disk.backend().completion_fd() {
-            Some(fd) => {
-                let fd = fd.try_clone_to_owned().map_err(ControllerError::Descriptor)?;
-                let new = Completions::new(self.myself.clone(), Arc::clone(&lun), fd);
-                self.driver.add_completions(Arc::clone(&new)).map_err(ControllerError::Driver)?;
-                lock(&self.completions).push(Arc::clone(&new));
-                Some(new)
-            }
-            None => None,
-        };
-        let changed = {
-            let mut luns = self.write_luns();
-            luns.attach(lun).map(|table| *luns = table)
-        };
-        if let (Err(_), Some(unused)) = (&changed, completions) {
-            lock(&self.completions).retain(|one| !Arc::ptr_eq(one, &unused));
-            self.driver.remove_completions(&unused);
-        }
-        changed.map_err(ControllerError::Lun)
-    }
-
-    fn detach(&self, address: ScsiAddress) -> Result<Arc<Disk>, LunError> {
-        let lun = {
-            let mut luns = self.write_luns();
-            let (table, lun) = luns.detach(address)?;
-            *luns = table;
-            lun
-        };
-        let disk = Arc::clone(&lun.disk);
-        let waits = {
-            let completions = lock(&self.completions);
-            let own = completions.iter().find(|one| Arc::ptr_eq(one.lun(), &lun));
-            own.inspect(|own| {
-                own.detach();
-                self.has_detached.store(true, Ordering::Release);
-            })
-            .is_some()
-        };
-        drop(lun);
-        if waits {
-            self.retire_disks();
-        } else {
-            // Its requests are done when they are submitted.
-            disk.release();
-        }
-        self.notify();
-        Ok(disk)
-    }
-
-    /// Lets go of disks that were detached and whose last request has ended.
-    fn retire_disks(&self) {
-        if !self.has_detached.load(Ordering::Acquire) {
-            return;
-        }
-        let over: Vec<Arc<Completions>> = {
-            let mut completions = lock(&self.completions);
-            let all = std::mem::take(&mut *completions);
-            let (over, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|one| one.is_over());
-            *completions = rest;
-            let more = completions.iter().any(|one| one.is_detached());
-            self.has_detached.store(more, Ordering::Release);
-            over
-        };
-        for one in over {
-            self.driver.remove_completions(&one);
-            one.lun().disk.release();
-        }
-    }
-
-    /// Tells a guest that is there to look at its LUNs again. It looks anyway when it comes.
-    fn notify(&self) {
-        let Some(form) = self.ready_form() else { return };
-        let Some(channel) = self.channel(0) else { return };
-        let Some(packet) = channel.packet_allocate() else {
-            // So many notices wait that the guest is going to look.
-            return;
-        };
-        let notice = VstorPacket::notice(Operation::ENUMERATE_BUS);
-        if let Err(error) = packet.send(notice.bytes(form), None, SendFlags::empty()) {
-            tracing::debug!(error = %error.error, "guest not told of changed LUNs");
-        }
-    }
+    // ---- Resets -----------------------------------------------------------------------------------
 
     /// A reset: answered when everything that it concerns has ended.
     fn reset(&self, packet: IncomingPacket, request: &VstorPacket, form: PacketForm) {

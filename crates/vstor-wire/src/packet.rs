@@ -6,6 +6,8 @@ use vmbus_wire::status::NtStatus;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::srb::ScsiRequest;
+
 /// Bytes of a packet's body in the full form.
 pub const BODY_BYTES: usize = 52;
 
@@ -84,6 +86,25 @@ impl VstorPacket {
     pub fn body<T: Body>(&self) -> T {
         // `Body` promises that the body is long enough.
         T::read_from_prefix(&self.body).map_or_else(|_| T::new_zeroed(), |(body, _)| body)
+    }
+
+    /// The body as an SRB, in place.
+    #[must_use]
+    pub fn srb(&self) -> &ScsiRequest {
+        zerocopy::transmute_ref!(&self.body)
+    }
+
+    /// The body as an SRB, in place.
+    #[must_use]
+    pub fn srb_mut(&mut self) -> &mut ScsiRequest {
+        zerocopy::transmute_mut!(&mut self.body)
+    }
+
+    /// Makes a request its own answer: same body, which the caller goes on to fill in.
+    pub fn make_answer(&mut self, status: NtStatus) {
+        self.operation = Operation::COMPLETE_IO;
+        self.flags = U32::ZERO;
+        self.status = U32::new(status.0);
     }
 
     /// The result an answer reports.
@@ -291,6 +312,18 @@ mod tests {
             .with_body(&ProtocolVersionBody::new(ProtocolVersion::WIN10));
         let mut expected = [0u8; 64];
         expected[..16].copy_from_slice(&[9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x02, 0x06, 0, 0]);
+        assert_eq!(packet.as_bytes(), expected);
+    }
+
+    #[test]
+    fn a_request_becomes_its_own_answer() {
+        let (mut packet, _) = VstorPacket::parse(&ascending()).unwrap();
+        assert_eq!((packet.srb().path_id, packet.srb().lun), (17, 19));
+        packet.srb_mut().lun = 0xff;
+        packet.make_answer(NtStatus::SUCCESS);
+        let mut expected = ascending();
+        expected[..12].copy_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        expected[19] = 0xff;
         assert_eq!(packet.as_bytes(), expected);
     }
 

@@ -1,31 +1,27 @@
 //! What finishes later: the completions of one disk's back end.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use super::lane::Scratch;
 use super::{Core, lock};
-use crate::scsi::bus::Lun;
+use crate::disk::Disk;
 
 /// The completions of one disk: readable when there are some, and then [`Completions::ready`] answers
 /// the guest.
 pub struct Completions {
     core: Weak<Core>,
-    lun: Arc<Lun>,
+    disk: Arc<Disk>,
     /// A duplicate: descriptors of a back end live as long as the back end, this one as long as
     /// somebody waits on it.
     fd: OwnedFd,
-    /// The disk was detached; it goes when its last request has ended.
-    is_detached: AtomicBool,
     scratch: Mutex<Scratch>,
 }
 
 impl Completions {
-    /// The completions of a LUN's disk, whose descriptor is `fd`.
-    pub(super) fn new(core: Weak<Core>, lun: Arc<Lun>, fd: OwnedFd) -> Arc<Self> {
-        let is_detached = AtomicBool::new(false);
-        Arc::new(Self { core, lun, fd, is_detached, scratch: Mutex::default() })
+    /// The completions of `disk`, whose descriptor is `fd`.
+    pub(super) fn new(core: Weak<Core>, disk: Arc<Disk>, fd: OwnedFd) -> Arc<Self> {
+        Arc::new(Self { core, disk, fd, scratch: Mutex::default() })
     }
 
     /// Answers the guest about every request that has finished. May be called at any time, from any
@@ -33,7 +29,7 @@ impl Completions {
     /// that an event loop can serve others in between: never, at present.
     pub fn ready(&self) -> bool {
         let mut scratch = std::mem::take(&mut *lock(&self.scratch));
-        self.lun.disk.backend().reap(&mut scratch.done);
+        self.disk.backend().reap(&mut scratch.done);
         match self.core.upgrade() {
             Some(core) => {
                 core.finish(&mut scratch);
@@ -43,25 +39,6 @@ impl Completions {
         }
         *lock(&self.scratch) = scratch;
         false
-    }
-
-    pub(super) fn lun(&self) -> &Arc<Lun> {
-        &self.lun
-    }
-
-    pub(super) fn detach(&self) {
-        self.is_detached.store(true, Ordering::Release);
-    }
-
-    pub(super) fn is_detached(&self) -> bool {
-        self.is_detached.load(Ordering::Acquire)
-    }
-
-    /// Whether the disk was detached and nothing of it is in flight.
-    pub(super) fn is_over(&self) -> bool {
-        // Requests in flight, and those that are being judged, hold their LUN; so does the table as
-        // long as the LUN is in it. Once it is not, nobody can take hold of it any more.
-        self.is_detached() && Arc::strong_count(&self.lun) == 1
     }
 }
 

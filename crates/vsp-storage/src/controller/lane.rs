@@ -3,18 +3,18 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kmcl::{
     Channel, Error, ExternalData, ExternalDataFlags, IncomingPacket, NtStatus, ProcessPacket,
     StateChange,
 };
 use vstor_wire::packet::{Operation, PacketForm, VstorPacket};
-use vstor_wire::srb::{DataDirection, ScsiRequest};
+use vstor_wire::srb::{DataDirection, ScsiRequest, ScsiStatus, SrbStatus};
 
 use super::requests::{Ended, Gathered, InFlight, Outcome, Requests, Stage, answer_srb, lane_of};
 use super::{Core, lock};
-use crate::block::{InlineIo, IoDone, IoOperation};
+use crate::block::{Buffers, InlineIo, IoDone, IoError, IoOperation, IoRequest};
 use crate::scsi::bus::Lun;
 use crate::scsi::{Answer, ByteRange, Data, DataBuffer, IoPlan, Plan};
 
@@ -24,7 +24,8 @@ pub(super) struct Lane {
     /// those of its successor.
     pub(super) id: u32,
     index: u16,
-    core: Weak<Core>,
+    /// A circle, which closing the controller opens.
+    core: Arc<Core>,
     requests: Mutex<Requests>,
     /// The batch has gathered requests. Set and cleared by the thread that processes the channel.
     has_gathered: AtomicBool,
@@ -36,13 +37,15 @@ pub(super) struct Lane {
 pub(super) struct Scratch {
     pub(super) done: Vec<IoDone>,
     ended: Vec<Ended>,
-    again: Vec<(Arc<Lun>, crate::block::IoRequest)>,
+    again: Vec<(Arc<Lun>, IoRequest)>,
 }
 
-/// What becomes of a packet.
+/// What becomes of an SRB.
 enum Verdict {
-    /// It is answered with this.
-    Answer(VstorPacket),
+    /// It is done, and has moved so many bytes.
+    Done(u32),
+    /// It ends at once.
+    Answer(Answer),
     /// A back end has to do something first.
     Io(Work),
     /// Guest memory has to be brought in first.
@@ -52,17 +55,13 @@ enum Verdict {
 /// What a back end has to do for an SRB.
 struct Work {
     lun: Arc<Lun>,
-    srb: ScsiRequest,
-    operation: IoOperation,
-    /// Bytes of the guest's data that go with it.
-    data_bytes: u32,
-    range: ByteRange,
+    io: IoPlan,
     /// Ranges that follow, one after the other.
     more: VecDeque<ByteRange>,
 }
 
 impl Lane {
-    pub(super) fn new(id: u32, index: u16, core: Weak<Core>) -> Arc<Self> {
+    pub(super) fn new(id: u32, index: u16, core: Arc<Core>) -> Arc<Self> {
         Arc::new(Self {
             id,
             index,
@@ -78,50 +77,59 @@ impl Lane {
     }
 
     /// An SRB: a SCSI command for a LUN.
-    fn execute(
-        &self,
-        core: &Core,
-        packet: IncomingPacket,
-        request: &VstorPacket,
-        form: PacketForm,
-    ) {
-        let verdict = match core.ready_form() {
-            None => Verdict::Answer(VstorPacket::answer(NtStatus::INVALID_DEVICE_STATE)),
+    fn execute(&self, packet: IncomingPacket, mut request: VstorPacket, form: PacketForm) {
+        let refusal = match self.core.ready_form() {
+            None => Some(NtStatus::INVALID_DEVICE_STATE),
             // The last fields of the SRB are missing, where this version has them.
             Some(PacketForm::Full) if form == PacketForm::Compact => {
-                Verdict::Answer(VstorPacket::answer(NtStatus::INVALID_PARAMETER))
+                Some(NtStatus::INVALID_PARAMETER)
             }
-            Some(_) => judge(core, &packet, request.body()),
+            Some(_) => None,
         };
-        match verdict {
-            Verdict::Answer(answer) => packet.complete(answer.bytes(form)),
+        if let Some(status) = refusal {
+            return packet.complete(VstorPacket::answer(status).bytes(form));
+        }
+        match judge(&self.core, &packet, request.srb()) {
+            Verdict::Done(moved) => {
+                request.make_answer(NtStatus::SUCCESS);
+                request.srb_mut().finish(SrbStatus::SUCCESS, ScsiStatus::GOOD, moved);
+                packet.complete(request.bytes(form));
+            }
+            Verdict::Answer(answer) => {
+                answer_srb(&mut request, &answer);
+                packet.complete(request.bytes(form));
+            }
             Verdict::Redeliver => packet.redeliver(),
-            Verdict::Io(work) => self.gather(packet, form, work),
+            Verdict::Io(work) => self.gather(packet, request, form, work),
         }
     }
 
     /// Puts a request aside until the end of the batch.
-    fn gather(&self, packet: IncomingPacket, form: PacketForm, work: Work) {
-        let Work { lun, srb, operation, data_bytes, range, more } = work;
+    fn gather(
+        &self,
+        packet: IncomingPacket,
+        mut request: VstorPacket,
+        form: PacketForm,
+        work: Work,
+    ) {
+        let Work { lun, io, more } = work;
+        let IoPlan { operation, offset, bytes, data_bytes } = io;
         let mut requests = self.requests();
-        let Some(slot) = requests.reserve() else {
-            drop(requests);
-            return packet.complete(answer_srb(srb, &Answer::busy()).bytes(form));
-        };
         let mut buffers = requests.take_buffers();
-        if data_bytes > 0 {
-            let set = external_data(&packet, srb.direction().unwrap_or(DataDirection::None))
-                .map(|data| buffers.set(data.memory(), data.segments(), u64::from(data_bytes)));
-            if !matches!(set, Ok(Ok(()))) {
+        let prepared = set_buffers(&mut buffers, &packet, request.srb(), data_bytes)
+            .and_then(|()| requests.reserve().ok_or(Answer::busy()));
+        let slot = match prepared {
+            Ok(slot) => slot,
+            Err(answer) => {
                 requests.keep_buffers(buffers);
-                requests.cancel(slot);
                 drop(requests);
-                return packet.complete(answer_srb(srb, &Answer::invalid_request()).bytes(form));
+                answer_srb(&mut request, &answer);
+                return packet.complete(request.bytes(form));
             }
-        }
+        };
         let in_flight = InFlight {
             packet,
-            srb,
+            request,
             form,
             lun,
             stage: Stage::Gathered,
@@ -129,12 +137,13 @@ impl Lane {
             ranges: more,
             resets: Vec::new(),
         };
+        let range = ByteRange { offset, bytes };
         requests.gather(self.id, slot, in_flight, operation, range, buffers);
         self.has_gathered.store(true, Ordering::Relaxed);
     }
 
     /// Gives what the batch has gathered to the back ends.
-    fn submit(&self, core: &Core) {
+    fn submit(&self) {
         self.has_gathered.store(false, Ordering::Relaxed);
         let mut scratch = std::mem::take(&mut *lock(&self.scratch));
         loop {
@@ -142,7 +151,7 @@ impl Lane {
             let Some(Gathered { lun, mut requests }) = gathered else { break };
             lun.disk.backend().submit(&mut requests, &mut scratch.done);
             self.requests().keep_vector(requests);
-            core.finish(&mut scratch);
+            self.core.finish(&mut scratch);
         }
         *lock(&self.scratch) = scratch;
     }
@@ -150,10 +159,6 @@ impl Lane {
 
 impl ProcessPacket for Lane {
     fn process_packet(&self, _channel: &Channel, packet: IncomingPacket) {
-        let Some(core) = self.core.upgrade() else {
-            // The controller is gone, and its channels go with it.
-            return packet.complete(&[]);
-        };
         let (request, form) = match VstorPacket::parse(packet.payload()) {
             Ok(parsed) => parsed,
             Err(error) => {
@@ -162,60 +167,72 @@ impl ProcessPacket for Lane {
                 return packet.complete(answer.bytes(PacketForm::Full));
             }
         };
-        match request.operation {
-            Operation::EXECUTE_SRB => self.execute(&core, packet, &request, form),
+        let answer = match request.operation {
+            Operation::EXECUTE_SRB => return self.execute(packet, request, form),
             Operation::RESET_LUN | Operation::RESET_BUS | Operation::RESET_ADAPTER => {
-                core.reset(packet, &request, form);
+                return self.core.reset(packet, &request, form);
             }
             Operation::BEGIN_INITIALIZATION
             | Operation::QUERY_PROTOCOL_VERSION
             | Operation::QUERY_PROPERTIES
             | Operation::END_INITIALIZATION
             | Operation::CREATE_SUB_CHANNELS => {
-                let answer = if self.index == 0 {
-                    core.initialise(&request)
+                if self.index == 0 {
+                    self.core.initialise(&request)
                 } else {
                     // Only the primary channel is initialised.
                     VstorPacket::answer(NtStatus::INVALID_DEVICE_STATE)
-                };
-                packet.complete(answer.bytes(form));
+                }
             }
             // What only a host says, what only a Fibre Channel adapter does, and the unknown.
-            _ => {
-                let answer = VstorPacket::answer(NtStatus::INVALID_DEVICE_REQUEST);
-                packet.complete(answer.bytes(form));
-            }
-        }
+            _ => VstorPacket::answer(NtStatus::INVALID_DEVICE_REQUEST),
+        };
+        packet.complete(answer.bytes(form));
     }
 
     fn processing_complete(&self, _channel: &Channel, _packets: u32) {
-        if self.has_gathered.load(Ordering::Relaxed)
-            && let Some(core) = self.core.upgrade()
-        {
-            self.submit(&core);
-            core.retire_disks();
+        if self.has_gathered.load(Ordering::Relaxed) {
+            self.submit();
         }
+        self.core.luns.forget();
+        self.core.retire_disks();
     }
 }
 
 impl StateChange for Lane {
     fn opened(&self, _channel: &Channel) -> Result<(), NtStatus> {
-        if self.index == 0
-            && let Some(core) = self.core.upgrade()
-        {
-            core.start_over();
+        if self.index == 0 {
+            self.core.start_over();
         }
         Ok(())
     }
 
     /// Everything in flight has ended: the library has waited for it.
     fn closed(&self, _channel: &Channel) {
-        if self.index == 0
-            && let Some(core) = self.core.upgrade()
-        {
-            core.start_over();
+        if self.index == 0 {
+            self.core.start_over();
         }
     }
+}
+
+/// Makes the first `data_bytes` bytes of a packet's external data the buffers of a request.
+fn set_buffers(
+    buffers: &mut Buffers,
+    packet: &IncomingPacket,
+    srb: &ScsiRequest,
+    data_bytes: u32,
+) -> Result<(), Answer> {
+    if data_bytes == 0 {
+        return Ok(());
+    }
+    let data = srb
+        .direction()
+        .ok()
+        .and_then(|direction| external_data(packet, direction).ok())
+        .ok_or(Answer::invalid_request())?;
+    buffers
+        .set(data.memory(), data.segments(), u64::from(data_bytes))
+        .map_err(|_| Answer::invalid_request())
 }
 
 /// The external data of a packet; only to be read, if the command's data comes from there.
@@ -230,11 +247,10 @@ fn external_data(
 }
 
 /// What an SRB comes to.
-fn judge(core: &Core, packet: &IncomingPacket, srb: ScsiRequest) -> Verdict {
-    let refuse = |srb| Verdict::Answer(answer_srb(srb, &Answer::invalid_request()));
+fn judge(core: &Core, packet: &IncomingPacket, srb: &ScsiRequest) -> Verdict {
     // The SRB's own length is not looked at: the packet's says the same, and cannot lie.
     let (Ok(cdb), Ok(direction)) = (srb.cdb(), srb.direction()) else {
-        return refuse(srb);
+        return Verdict::Answer(Answer::invalid_request());
     };
     let external = if packet.has_external_data() {
         match external_data(packet, direction) {
@@ -242,61 +258,53 @@ fn judge(core: &Core, packet: &IncomingPacket, srb: ScsiRequest) -> Verdict {
             Err(Error::Pending) => return Verdict::Redeliver,
             Err(error) => {
                 tracing::debug!(%error, "data of a SCSI request refused");
-                return refuse(srb);
+                return Verdict::Answer(Answer::invalid_request());
             }
         }
     } else {
         None
     };
-    let buffer = GuestData(external.as_ref());
-    let available =
-        external.as_ref().map_or(0, |data| data.len().min(srb.data_transfer_length.get()));
+    let external = external.as_ref();
+    let buffer = GuestData(external);
+    let available = external.map_or(0, |data| data.len().min(srb.data_transfer_length.get()));
     let data = Data { direction, available, buffer: &buffer };
-    let mut ranges = Vec::new();
-    let (plan, lun) = {
-        let luns = core.luns();
-        let (plan, lun) = luns.plan(srb.address(), cdb, &data, &mut ranges);
-        match (plan, lun) {
-            (Plan::Answer(answer), _) => return Verdict::Answer(answer_srb(srb, &answer)),
-            (plan, Some(lun)) => (plan, Arc::clone(lun)),
-            (_, None) => return Verdict::Answer(answer_srb(srb, &Answer::no_lun())),
-        }
-    };
-    let work = match plan {
-        Plan::Io(io) => {
-            if let Some(answer) = run_inline(&lun, &io, external.as_ref()) {
-                return Verdict::Answer(answer_srb(srb, &answer));
+    core.luns.with_table(|luns| {
+        let mut ranges = Vec::new();
+        match luns.plan(srb.address(), cdb, &data, &mut ranges) {
+            (Plan::Answer(answer), _) => Verdict::Answer(answer),
+            (_, None) => Verdict::Answer(Answer::no_lun()),
+            (Plan::Io(io), Some(lun)) => match run_inline(lun, &io, external) {
+                Some(Ok(())) => Verdict::Done(io.data_bytes),
+                Some(Err(error)) => Verdict::Answer(Answer::failed(error, lun.disk.sector_bytes())),
+                None => Verdict::Io(Work { lun: Arc::clone(lun), io, more: VecDeque::new() }),
+            },
+            (Plan::Discard, Some(lun)) => {
+                let mut more = VecDeque::from(ranges);
+                let Some(ByteRange { offset, bytes }) = more.pop_front() else {
+                    return Verdict::Done(0);
+                };
+                let operation = IoOperation::Discard;
+                let io = IoPlan { operation, offset, bytes, data_bytes: 0 };
+                Verdict::Io(Work { lun: Arc::clone(lun), io, more })
             }
-            let IoPlan { operation, offset, bytes, data_bytes } = io;
-            let (range, more) = (ByteRange { offset, bytes }, VecDeque::new());
-            Work { lun, srb, operation, data_bytes, range, more }
         }
-        Plan::Discard => {
-            let mut more = VecDeque::from(ranges);
-            let Some(range) = more.pop_front() else {
-                return Verdict::Answer(answer_srb(srb, &Answer::good(0)));
-            };
-            Work { lun, srb, operation: IoOperation::Discard, data_bytes: 0, range, more }
-        }
-        Plan::Answer(answer) => return Verdict::Answer(answer_srb(srb, &answer)),
-    };
-    Verdict::Io(work)
+    })
 }
 
 /// Reads and writes at once, where the back end can.
-fn run_inline(lun: &Lun, io: &IoPlan, external: Option<&ExternalData<'_>>) -> Option<Answer> {
+fn run_inline(
+    lun: &Lun,
+    io: &IoPlan,
+    external: Option<&ExternalData<'_>>,
+) -> Option<Result<(), IoError>> {
     let external = external?;
-    let IoPlan { operation, offset, bytes, data_bytes } = *io;
+    let IoPlan { operation, offset, bytes, .. } = *io;
     if !matches!(operation, IoOperation::Read | IoOperation::Write { .. }) {
         return None;
     }
     let memory = external.memory();
     let segments = &mut external.segments();
-    let inline = InlineIo { operation, offset, bytes, memory, segments };
-    Some(match lun.disk.backend().run_inline(inline)? {
-        Ok(()) => Answer::good(data_bytes),
-        Err(error) => Answer::failed(error, lun.disk.sector_bytes()),
-    })
+    lun.disk.backend().run_inline(InlineIo { operation, offset, bytes, memory, segments })
 }
 
 /// The guest's side of a command's data.

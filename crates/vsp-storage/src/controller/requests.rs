@@ -7,9 +7,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use kmcl::IncomingPacket;
+use kmcl::{IncomingPacket, NtStatus};
 use vstor_wire::packet::{PacketForm, VstorPacket};
-use vstor_wire::srb::{ScsiAddress, ScsiRequest};
+use vstor_wire::srb::ScsiAddress;
 
 use super::reset::PendingReset;
 use crate::block::{Buffers, IoDone, IoOperation, IoRequest};
@@ -31,7 +31,8 @@ pub(super) enum Stage {
 /// A request in flight.
 pub(super) struct InFlight {
     pub(super) packet: IncomingPacket,
-    pub(super) srb: ScsiRequest,
+    /// The SRB; becomes the answer.
+    pub(super) request: VstorPacket,
     pub(super) form: PacketForm,
     pub(super) lun: Arc<Lun>,
     pub(super) stage: Stage,
@@ -105,11 +106,6 @@ impl Requests {
         Some(Slot(index))
     }
 
-    /// Gives an unused slot back.
-    pub(super) fn cancel(&mut self, slot: Slot) {
-        self.free.push(slot.0);
-    }
-
     /// Puts a request aside until the end of the batch.
     pub(super) fn gather(
         &mut self,
@@ -169,14 +165,16 @@ impl Requests {
             (request.offset, request.bytes) = (offset, bytes);
             return Some(Outcome::Again(Arc::clone(&in_flight.lun), request));
         }
-        let InFlight { packet, srb, form, lun, moved, resets, .. } = place.take()?;
+        let InFlight { packet, request: mut answer, form, lun, moved, resets, .. } =
+            place.take()?;
         self.free.push(u32::try_from(slot).ok()?);
         self.keep_buffers(request.buffers);
-        let answer = match result {
+        let end = match result {
             Ok(()) => Answer::good(moved),
             Err(error) => Answer::failed(error, lun.disk.sector_bytes()),
         };
-        Some(Outcome::Ended(Ended { packet, answer: answer_srb(srb, &answer), form, resets }))
+        answer_srb(&mut answer, &end);
+        Some(Outcome::Ended(Ended { packet, answer, form, resets }))
     }
 
     /// Lets `reset` wait for the requests that it concerns.
@@ -186,7 +184,7 @@ impl Requests {
         concerns: impl Fn(ScsiAddress) -> bool,
     ) {
         for in_flight in self.slots.iter_mut().flatten() {
-            if concerns(in_flight.srb.address()) {
+            if concerns(in_flight.request.srb().address()) {
                 reset.hold();
                 in_flight.resets.push(Arc::clone(reset));
             }
@@ -200,16 +198,14 @@ impl Requests {
     }
 }
 
-/// The answer to an SRB.
-pub(super) fn answer_srb(mut srb: ScsiRequest, answer: &Answer) -> VstorPacket {
+/// Makes the packet of an SRB its own answer.
+pub(super) fn answer_srb(request: &mut VstorPacket, answer: &Answer) {
+    request.make_answer(NtStatus::SUCCESS);
+    let srb = request.srb_mut();
     match &answer.sense {
-        Some(sense) => {
-            srb.finish_with_sense(answer.srb, answer.moved, &sense.to_fixed());
-            srb.scsi_status = answer.scsi;
-        }
+        Some(sense) => srb.finish_with_sense(answer.srb, answer.moved, &sense.to_fixed()),
         None => srb.finish(answer.srb, answer.scsi, answer.moved),
     }
-    VstorPacket::answer(kmcl::NtStatus::SUCCESS).with_body(&srb)
 }
 
 /// Names a request to its back end: the channel and the slot.

@@ -108,7 +108,8 @@ impl LunTable {
         self.find(address).ok().and_then(|place| self.luns.get(place))
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Lun>> {
+    #[cfg(test)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Lun>> {
         self.luns.iter()
     }
 

@@ -252,6 +252,7 @@ fn io(operation: IoOperation, sector: u64, sectors: u64, data_bytes: u32) -> IoP
 }
 
 #[test]
+#[expect(clippy::type_complexity, reason = "a table")]
 fn commands_on_blocks_become_these_requests() {
     use DataDirection::{In, None, Out};
     use IoOperation::*;
@@ -300,6 +301,7 @@ fn commands_on_blocks_become_these_requests() {
 }
 
 #[test]
+#[expect(clippy::type_complexity, reason = "a table")]
 fn commands_are_refused_with_this_sense_data() {
     use DataDirection::{In, None, Out};
     use SenseKey::{DataProtect, IllegalRequest};
