@@ -11,7 +11,7 @@
 //! What a bus must hold to:
 //!
 //! - After [`BusEvent::Opened`] a server's bus sends no second one before the channel called
-//!   [`ServerLink::closed`].
+//!   [`ServerLink::closed`], or answered it with a failing [`ServerLink::open_result`].
 //! - A bus that reports [`BusEvent::PeerClosed`] or [`BusEvent::Rescinded`] leaves ring memory mapped
 //!   until the channel says `closed`: callbacks may be running.
 //! - Events for one channel are bounded by the protocol: at most [`MAX_PENDING_EVENTS`] wait unread.
@@ -23,7 +23,7 @@ use vmbus_memory::{GuestMemory, RingPages};
 use vmbus_wire::guid::Guid;
 use vmbus_wire::status::NtStatus;
 
-pub use crate::events::EventSink;
+pub use crate::events::{EventSink, Recorder};
 
 /// Most events that may wait for a channel. A bus that keeps the rules above never reaches it.
 pub const MAX_PENDING_EVENTS: usize = 64;

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use vmbus_memory::GuestMemory;
 use vmbus_ring::{RingReader, RingWriter};
 use vmbus_wire::guid::Guid;
+use vmbus_wire::offer::PipeUserDefined;
 use vmbus_wire::status::NtStatus;
 
 use crate::bus::{
@@ -478,6 +479,10 @@ fn offer(settings: &Settings) -> Offer {
     offer.mmio_megabytes_optional = settings.mmio_megabytes_optional;
     offer.target_vtl = settings.target_vtl;
     offer.user_defined = settings.user_data;
+    if offer.pipe && offer.user_defined == [0; USER_DATA_SIZE] {
+        // Pipe mode here is one message a packet; zeroes would offer a stream of bytes.
+        offer.user_defined = zerocopy::transmute!(PipeUserDefined::message_pipe());
+    }
     offer
 }
 
@@ -521,5 +526,27 @@ impl Drop for Stepping<'_> {
     fn drop(&mut self) {
         self.0.shared.control_thread.store(0, Ordering::Release);
         self.0.shared.mailbox.pass_on();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flags::ChannelFlags;
+
+    /// A pipe here carries one message a packet, and says so in its offer, unless the device says
+    /// something else (vmbus-wire section 3, `user_defined` in pipe mode).
+    #[test]
+    fn a_pipe_is_offered_as_a_message_pipe() {
+        let mut own = [0; USER_DATA_SIZE];
+        own[4] = 9;
+        for (flags, user_data, expected) in [
+            (ChannelFlags::empty(), [0; USER_DATA_SIZE], [0, 0, 0, 0, 0]),
+            (ChannelFlags::IS_PIPE, [0; USER_DATA_SIZE], [4, 0, 0, 0, 0]),
+            (ChannelFlags::IS_PIPE, own, [0, 0, 0, 0, 9]),
+        ] {
+            let settings = Settings { flags, user_data, ..Settings::default() };
+            assert_eq!(offer(&settings).user_defined[..5], expected, "{flags:?} {user_data:?}");
+        }
     }
 }
