@@ -91,6 +91,30 @@ enum Slot {
     Taken,
 }
 
+/// The receiver in the hands of the thread that processes; put back when dropped, also by a callback
+/// that panics.
+struct TakenReceiver<'a> {
+    channel: &'a Channel,
+    receiver: Option<Box<Receiver>>,
+}
+
+impl TakenReceiver<'_> {
+    fn run(&mut self, level: Level, budget: u32) -> Turn {
+        let channel = self.channel;
+        self.receiver.as_mut().map_or_else(Turn::default, |it| it.run(channel, level, budget))
+    }
+}
+
+impl Drop for TakenReceiver<'_> {
+    fn drop(&mut self) {
+        let Some(mut receiver) = self.receiver.take() else { return };
+        if std::thread::panicking() {
+            receiver.recover(self.channel);
+        }
+        self.channel.put_receiver(receiver);
+    }
+}
+
 /// What a call of [`Channel::process`] has done, and whether it is worth calling again at once.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Progress {
@@ -421,8 +445,8 @@ impl Channel {
         self.shared.work.store(true, Ordering::SeqCst);
         while let Some(mut receiver) = self.take_receiver() {
             self.shared.work.store(false, Ordering::SeqCst);
-            let turn = receiver.run(self, level, budget - sum.packets);
-            self.put_receiver(receiver);
+            let turn = receiver.run(level, budget - sum.packets);
+            drop(receiver);
             sum.packets += turn.packets;
             sum.more = turn.more;
             sum.needs_passive = turn.needs_passive;
@@ -437,10 +461,10 @@ impl Channel {
         sum
     }
 
-    fn take_receiver(&self) -> Option<Box<Receiver>> {
+    fn take_receiver(&self) -> Option<TakenReceiver<'_>> {
         let mut post = lock(&self.shared.receiver);
         match std::mem::replace(&mut post.slot, Slot::Taken) {
-            Slot::Here(receiver) => Some(receiver),
+            Slot::Here(receiver) => Some(TakenReceiver { channel: self, receiver: Some(receiver) }),
             other => {
                 post.slot = other;
                 None
@@ -541,9 +565,19 @@ impl Channel {
     }
 
     pub(crate) fn hand_back(&self, handed_back: HandedBack) {
-        let consequences = self.traffic().hand_back(handed_back);
+        let kept = self.traffic().hand_back(handed_back);
         self.shared.callback_asked.store(true, Ordering::Relaxed);
-        self.follow(consequences);
+        match kept {
+            Ok(consequences) => self.follow(consequences),
+            Err(body) => self.refuse_back(body),
+        }
+    }
+
+    /// Fails a packet that was handed back where it cannot be delivered again.
+    pub(crate) fn refuse_back(&self, body: Box<Body>) {
+        tracing::error!("packet handed back outside its callback: failed");
+        self.fail(body);
+        debug_assert!(false, "a packet can be handed back only inside its callback");
     }
 
     /// Shows the peer what was written, unless this thread is in a batch.

@@ -152,9 +152,7 @@ impl IncomingPacket {
         if channel.in_packet_callback() {
             channel.hand_back(HandedBack { body, at_passive, after_memory });
         } else {
-            debug_assert!(false, "a packet can be handed back only inside its callback");
-            tracing::error!("packet handed back outside its callback: failed");
-            channel.fail(body);
+            channel.refuse_back(body);
         }
     }
 

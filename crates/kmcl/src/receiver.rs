@@ -99,6 +99,18 @@ impl Receiver {
         self.queue_on = on;
     }
 
+    /// Puts right what a callback that panicked has left undone.
+    pub(crate) fn recover(&mut self, channel: &Channel) {
+        channel.set_batch_thread(false);
+        let (consequences, ring) = {
+            let mut traffic = channel.traffic();
+            let consequences = traffic.give_back(&mut self.grant);
+            (consequences, traffic.end_batch(self.reader.publish()))
+        };
+        ring.give();
+        channel.follow(consequences);
+    }
+
     /// Gives up the packet that was handed back, for the end of the channel.
     pub(crate) fn take_deferred(&mut self) -> Option<Box<Body>> {
         self.deferred.take().map(|deferred| deferred.body)
@@ -161,8 +173,8 @@ impl Receiver {
     ) -> Result<End, ChannelError> {
         {
             let mut traffic = channel.traffic();
-            traffic.begin_batch();
             traffic.flush(&mut self.done).map_err(ChannelError::Outgoing)?;
+            traffic.begin_batch();
         }
         channel.set_batch_thread(true);
         self.end_flushed(channel);
@@ -173,6 +185,13 @@ impl Receiver {
             && let Some(process) = &self.process
         {
             process.processing_complete(channel, delivered);
+        }
+        if channel.callback_asked() {
+            let late = channel.traffic().take_handed_back();
+            if let Some(late) = late {
+                channel.traffic().deliver_again(); // into its owner's hands, to be failed
+                channel.refuse_back(late.body);
+            }
         }
         channel.set_batch_thread(false);
         let (consequences, written, ring) = {
@@ -275,7 +294,7 @@ impl Receiver {
             None => drop(packet),
         }
         if channel.callback_asked() {
-            self.deferred = channel.traffic().handed_back.take();
+            self.deferred = channel.traffic().take_handed_back();
             if let Some(error) = channel.stop_reason() {
                 return Err(error);
             }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use vmbus_ring::RingError;
 
 use crate::channel::{Channel, Shared};
+use crate::error::ChannelError;
 use crate::pool::Body;
 use crate::traffic::{Consequences, Traffic};
 
@@ -81,7 +82,13 @@ impl<'a> Running<'a> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
+        // A callback has panicked: what others have completed is completed all the same.
+        let (consequences, written) = settle(&mut self.channel.traffic());
         drop(STAGE.replace(self.outer.take()));
+        if let Err(error) = written {
+            self.channel.stop(ChannelError::Outgoing(error));
+        }
+        self.channel.follow(consequences);
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Traffic {
     /// What follows from completions written in the middle of a batch.
     followers: Consequences,
     /// A body that a packet callback handed back, to be delivered again.
-    pub(crate) handed_back: Option<HandedBack>,
+    handed_back: Option<HandedBack>,
 
     /// Packets sent that wait for room in the ring, oldest first.
     queue: VecDeque<Box<PacketBody>>,
@@ -328,15 +328,24 @@ impl Traffic {
     }
 
     /// Keeps a packet that its callback handed back. It is nobody's while it waits, so a pause does
-    /// not wait for it; the room for its completion stays promised.
-    pub(crate) fn hand_back(&mut self, handed_back: HandedBack) -> Consequences {
+    /// not wait for it; the room for its completion stays promised. Only one can be kept: the body of
+    /// a second comes back.
+    pub(crate) fn hand_back(&mut self, handed_back: HandedBack) -> Result<Consequences, Box<Body>> {
+        if self.handed_back.is_some() {
+            return Err(handed_back.body);
+        }
         self.handed_back = Some(handed_back);
         self.outstanding = self.outstanding.saturating_sub(1);
         let drained = self.draining && self.outstanding == 0;
         if drained {
             self.draining = false;
         }
-        Consequences { drained, restart: false }
+        Ok(Consequences { drained, restart: false })
+    }
+
+    /// The packet that was handed back since the last look.
+    pub(crate) fn take_handed_back(&mut self) -> Option<HandedBack> {
+        self.handed_back.take()
     }
 
     /// The packet handed back is delivered again.
