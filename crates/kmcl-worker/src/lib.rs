@@ -31,8 +31,9 @@
 //!
 //! A device that panics takes its own channel down and no other: the worker catches the panic, logs
 //! it, and lets go of the channel as [`Worker::remove`] does, so that [`Worker::drives`] says
-//! `false`. The peer sees a device that no longer answers. The channel is as the panic left it, in
-//! the middle of a callback: drop its handles, and do not wait for it with `pause` or `disable`.
+//! `false`. What the device remembers is not to be trusted after a panic, so nothing is delivered to
+//! it any more; the peer sees a device that no longer answers, until the channel's owner disables it,
+//! which works as ever.
 
 #![forbid(unsafe_code)]
 

@@ -322,6 +322,7 @@ fn a_device_that_panics_loses_its_own_channel_only() {
     assert!(worker.drives(&sick.client));
     assert!(worker.drives(&healthy.server));
     healthy.round_trip();
+    sick.close();
 }
 
 #[expect(clippy::panic, reason = "the subject of the test")]
