@@ -298,6 +298,11 @@ impl UnixHost {
                 }
             };
             let mut link = Link::new(socket);
+            // Whoever comes after the last guest has ended is not turned away because of it, even where
+            // we have not looked yet.
+            if self.port.session().as_ref().is_some_and(|session| session.link.is_hung_up()) {
+                self.end(ConnectionError::Closed);
+            }
             if self.guest().is_some() || driver.handshakes.len() >= MAX_HANDSHAKES {
                 self.turn_away(&mut link);
                 continue;

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -13,6 +15,7 @@ use rustix::net::{
 
 use crate::error::{ConnectionError, FrameError};
 use crate::frame::{Frame, MAX_DESCRIPTORS, MAX_FRAME_SIZE};
+use crate::poller::wait_for;
 
 /// Frames that may wait for the socket to take them. A guest has one message and a doorbell on its
 /// way at a time; a host answers one post before it reads the next, and tells of one signal per
@@ -77,6 +80,11 @@ impl Link {
     /// Whether frames wait.
     pub(crate) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
+    }
+
+    /// Whether the peer has closed its end. Frames that it sent before may be unread.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        wait_for(&self.socket, PollFlags::empty(), Some(Duration::ZERO)) == Ok(true)
     }
 
     /// Gives the frame to the socket, unless it is full.
@@ -185,7 +193,11 @@ mod tests {
         let (first, second) = (two.receive().unwrap().unwrap(), two.receive().unwrap().unwrap());
         assert_eq!((number(&first), first.descriptors.len()), (1, 0));
         assert_eq!((number(&second), second.descriptors.len()), (2, 2));
+        one.send(numbered(3), &[]).unwrap();
+        assert!(!two.is_hung_up());
         drop(one);
+        assert!(two.is_hung_up());
+        assert_eq!(number(&two.receive().unwrap().unwrap()), 3);
         assert!(matches!(two.receive(), Err(ConnectionError::Closed)));
     }
 

@@ -98,7 +98,7 @@ impl AsFd for Poller {
     }
 }
 
-/// Waits until `fd` is ready for `what`, or `limit` is over. Returns whether it is.
+/// Waits until `fd` is ready for `what`, or at its end, or `limit` is over. Returns whether it is.
 pub(crate) fn wait_for(
     fd: impl AsFd,
     what: PollFlags,

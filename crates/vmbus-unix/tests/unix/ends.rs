@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kmcl::{
     Channel, ChannelFlags, Error, Guid, IncomingPacket, NtStatus, ProcessPacket, SendFlags, Side,
@@ -75,6 +75,16 @@ impl StateChange for Watch {
 #[track_caller]
 pub(crate) fn expect(seen: &Receiver<Seen>, expected: Seen) {
     assert_eq!(seen.recv_timeout(PATIENCE), Ok(expected));
+}
+
+/// Waits until `done`: what another thread is about to do.
+#[track_caller]
+pub(crate) fn eventually(mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "not even after {PATIENCE:?}");
+        std::thread::yield_now();
+    }
 }
 
 /// Serves echo devices, each on its own instance, until dropped.

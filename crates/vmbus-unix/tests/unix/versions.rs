@@ -2,7 +2,7 @@
 
 use vmbus_guest::{ConnectionState, GuestConfig, LossReason};
 use vmbus_host::Config;
-use vmbus_unix::{ConnectionError, GuestOptions, HostOptions};
+use vmbus_unix::{ConnectionError, GuestOptions, HostOptions, UnixGuest};
 use vmbus_wire::guid::Guid;
 use vmbus_wire::version::{FeatureFlags, Version};
 
@@ -32,8 +32,6 @@ fn packets_cross_in_every_version() {
             let payload = number.to_le_bytes();
             assert_eq!(client.echo(&payload).unwrap(), payload, "{version}, packet {number}");
         }
-        drop(client);
-        while server.seen.recv_timeout(PATIENCE).unwrap() != Seen::Closed {}
     }
 }
 
@@ -54,15 +52,12 @@ fn host_and_guest_meet_at_the_newest_version_that_both_have() {
 fn no_common_version_ends_the_connection_and_says_so() {
     let bus = Config { newest_version: Version::V2_4, ..Config::default() };
     let server = Server::start_with(HostOptions { bus, ..HostOptions::default() }, 1);
-    let client = Client::start(server.path(), options(&[Version::V5_3, Version::V4_0])).unwrap();
-    let lost = loop {
-        if let Some(lost) = client.guest.lost() {
-            break lost;
-        }
-        std::thread::yield_now();
-    };
+    let guest = UnixGuest::connect_with(server.path(), options(&[Version::V5_3, Version::V4_0]));
+    let guest = guest.unwrap();
+    assert!(!guest.drive_until_offered(PATIENCE).unwrap());
+    let lost = guest.lost().unwrap();
     assert!(matches!(&*lost, ConnectionError::Bus(LossReason::Contact(_))), "{lost}");
-    drop(client);
+    drop(guest);
     Client::connect_with(server.path(), options(&[Version::V2_4])).unwrap();
 }
 
