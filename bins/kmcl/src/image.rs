@@ -10,6 +10,8 @@ use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::exit::{Failure, Result};
 
 /// Bytes of a sector: the unit in which images are measured.
@@ -48,7 +50,10 @@ impl Image {
     /// As for [`Self::open`].
     pub(crate) fn open_any(path: &Path) -> Result<Self> {
         let shown = path.display();
-        let file = File::open(path).map_err(|error| {
+        // Not blocking, or a pipe would keep us here until somebody writes to it.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+        let file = opened.map(File::from).map_err(|error| {
             let advice = match error.kind() {
                 std::io::ErrorKind::NotFound => "check the path",
                 std::io::ErrorKind::PermissionDenied => "make the file readable for this user",

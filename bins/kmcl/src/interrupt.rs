@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::exit::{Failure, Result};
+use crate::exit::{Exit, Failure, Result};
+
+/// The exit code of a process that is told to end while it is ending.
+const TOLD_TWICE: i32 = Exit::System as i32;
 
 /// Whether this process was told to end.
 pub(crate) struct Interrupt {
@@ -27,6 +30,10 @@ impl Interrupt {
         let told = Arc::new(AtomicBool::new(false));
         let (pipe, signalled) = UnixStream::pair().map_err(cannot)?;
         for signal in [SIGINT, SIGTERM] {
+            // Told twice, it ends at once. Registered first, so that the first time does not count.
+            let again = Arc::clone(&told);
+            signal_hook::flag::register_conditional_shutdown(signal, TOLD_TWICE, again)
+                .map_err(cannot)?;
             signal_hook::flag::register(signal, Arc::clone(&told)).map_err(cannot)?;
             let signalled = signalled.try_clone().map_err(cannot)?;
             signal_hook::low_level::pipe::register(signal, signalled).map_err(cannot)?;

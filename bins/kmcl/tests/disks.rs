@@ -72,6 +72,9 @@ fn requests_beyond_the_disk_are_refused_before_anything_is_written() {
     server.disk(["read", "--offset", "60K", "--length", "5K"]).fails(2, "65536");
     server.disk(["write", "--input", text(&big)]).fails(2, "beyond the end");
     server.disk(["write", "--offset", "100", "--input", text(&disk)]).fails(2, "beyond the end");
+    let ran = kmcl_with_input(["disk", "write", "--socket", text(&server.socket)], &[0; 65537]);
+    ran.fails(2, "beyond the end");
+    std::fs::write(&disk, content(64 << 10, 1)).unwrap();
     let small = image(dir.path(), "small", 512);
     server.disk(["write", "--offset", "100", "--input", text(&small)]).fails(2, "multiples of 512");
     server.disk(["verify", "--against", text(&disk), "--length", "1M"]).fails(2, "--length");
@@ -166,6 +169,11 @@ fn bad_disks(dir: &Path) -> Vec<(String, &'static str)> {
         File::create(dir.join(name)).unwrap().set_len(bytes).unwrap();
         in_dir(name)
     };
+    let pipe = |name: &str| {
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, dir.join(name), kind, mode, 0).unwrap();
+        in_dir(name)
+    };
     std::os::unix::fs::symlink("loop", dir.join("loop")).unwrap();
     std::os::unix::fs::symlink("nowhere", dir.join("dangling")).unwrap();
     vec![
@@ -177,6 +185,7 @@ fn bad_disks(dir: &Path) -> Vec<(String, &'static str)> {
         (file("empty", 0), "empty"),
         (format!("{}/below", file("file", 512)), "below"),
         ("/dev/null".to_owned(), "/dev/null"),
+        (pipe("pipe"), "pipe"),
     ]
 }
 

@@ -59,6 +59,13 @@ pub struct StorageClient {
     pub(crate) scratch: Vec<u8>,
 }
 
+/// Most bytes of one request whose packet, with a word for each page, takes at most half of a ring of
+/// `ring_pages` pages.
+fn largest_transfer(ring_pages: u32) -> u32 {
+    let words = ring_pages.saturating_sub(1).saturating_mul(4096 / 8 / 2);
+    words.saturating_sub(32).saturating_mul(4096) // descriptor, message and the rest: below 32 words
+}
+
 impl StorageClient {
     /// A client that begins to connect over `bus`; [`Self::is_ready`] says when it has.
     ///
@@ -68,7 +75,10 @@ impl StorageClient {
     pub fn open(bus: Arc<dyn Bus>, config: ClientConfig) -> Result<Self, Error> {
         let config = ClientConfig {
             sub_channels: config.sub_channels.min(MAX_SUB_CHANNELS),
-            max_transfer_bytes: config.max_transfer_bytes.clamp(4096, MAX_TRANSFER_BYTES),
+            max_transfer_bytes: config
+                .max_transfer_bytes
+                .min(largest_transfer(config.ring_pages))
+                .clamp(4096, MAX_TRANSFER_BYTES),
             ..config
         };
         let inbox = Arc::new(Inbox::default());
@@ -329,14 +339,14 @@ impl StorageClient {
             if done(self) {
                 return Ok(());
             }
-            if more {
-                continue;
-            }
+            // Looked at in every turn: a server that keeps us busy may still not do what it was asked.
             let left = limit.saturating_sub(started.elapsed());
             if left.is_zero() {
                 return Err(Error::Timeout(limit));
             }
-            self.sleep(left)?;
+            if !more {
+                self.sleep(left)?;
+            }
         }
     }
 

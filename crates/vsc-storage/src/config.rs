@@ -29,7 +29,8 @@ pub struct ClientConfig {
     pub sub_channels: u16,
     /// Requests in flight at once, over all channels: 1 to [`MAX_QUEUE_DEPTH`]; 32 by default.
     pub queue_depth: u16,
-    /// Pages of each ring, the control page included; 32 by default, as in Linux.
+    /// Pages of each ring, the control page included; 32 by default, as in Linux. Small rings limit
+    /// how long a transfer can be.
     pub ring_pages: u32,
     /// Most bytes of one request, at most [`MAX_TRANSFER_BYTES`]; the server's limit counts if it is
     /// lower.

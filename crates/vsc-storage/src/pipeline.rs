@@ -181,6 +181,7 @@ impl StorageClient {
                 break Ok(moved);
             }
             if let Err(error) = self.wait_window(&mut window) {
+                window.extents.clear(); // a server that is silent is not waited for twice
                 break Err(error.into());
             }
             let handed_over = self.empty_window(&mut window, |extent, buffer| {

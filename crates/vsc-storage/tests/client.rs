@@ -223,6 +223,19 @@ fn resets_and_notices() {
 }
 
 #[test]
+fn small_rings_make_short_transfers_and_still_move_everything() {
+    let server = Server::start();
+    for (ring_pages, limit) in [(2, 4096 * (256 - 32)), (3, 4096 * (512 - 32)), (32, 1 << 20)] {
+        let mut client = server.client(|config| config.ring_pages = ring_pages);
+        assert_eq!(client.max_transfer_bytes(), MAX_TRANSFER.min(limit), "{ring_pages} pages");
+        let disk = client.identify(LUN).unwrap().unwrap();
+        let mut data = vec![0; DISK_BYTES];
+        client.read(&disk, 0, &mut data).unwrap();
+        assert_eq!(data, server.disk(), "{ring_pages} pages");
+    }
+}
+
+#[test]
 fn nobody_there_is_a_time_out() {
     let bus = kmcl::loopback::LoopbackBus::new(1 << 20).unwrap();
     let limit = Duration::from_millis(20);
