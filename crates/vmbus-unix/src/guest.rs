@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::rand::{GetRandomFlags, getrandom};
-use vmbus_guest::{ConnectionState, GuestBus, GuestConfig, PostStatus};
+use vmbus_guest::{ConnectionEvent, ConnectionState, GuestBus, GuestConfig, PostStatus};
 use vmbus_wire::guid::Guid;
 
 use crate::error::{ConnectError, ConnectionError, FrameError};
@@ -80,6 +80,13 @@ impl UnixGuest {
     #[must_use]
     pub fn bus(&self) -> &GuestBus {
         &self.bus
+    }
+
+    /// What has happened to the connection since the last call, oldest first;
+    /// [`MAX_EVENTS`](crate::MAX_EVENTS) at most.
+    #[must_use]
+    pub fn take_events(&self) -> Vec<ConnectionEvent> {
+        self.port.state().events.drain(..).collect()
     }
 
     /// Why the connection is over, if it is.

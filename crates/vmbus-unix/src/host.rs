@@ -30,7 +30,8 @@ use session::Session;
 /// Processes that may have connected and not yet introduced themselves.
 pub const MAX_HANDSHAKES: usize = 8;
 
-/// Events kept for [`UnixHost::take_events`]. Older ones are dropped.
+/// Events kept for [`UnixHost::take_events`] and [`UnixGuest::take_events`](crate::UnixGuest::take_events).
+/// Older ones are dropped.
 pub const MAX_EVENTS: usize = 64;
 
 /// Frames of the guest handled by one [`UnixHost::drive`].

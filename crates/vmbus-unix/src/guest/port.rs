@@ -1,6 +1,6 @@
 //! The way from the bus to the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use vmbus_wire::synic::connection;
 use zerocopy::FromBytes;
 
 use super::{SOCKET, TIMER, WAKE};
+use crate::MAX_EVENTS;
 use crate::error::ConnectionError;
 use crate::event::{OwnEvent, PeerEvent};
 use crate::frame::{Frame, Kind};
@@ -45,6 +46,8 @@ pub(super) struct State {
     /// By connection id: what signals the host, once it has said so.
     signals: BTreeMap<u32, Weak<HostSignal>>,
     pub(super) lost: Option<Arc<ConnectionError>>,
+    /// What the bus has told of the connection, oldest first.
+    pub(super) events: VecDeque<ConnectionEvent>,
 }
 
 impl State {
@@ -80,6 +83,7 @@ impl Port {
             doorbells: BTreeMap::new(),
             signals: BTreeMap::new(),
             lost: None,
+            events: VecDeque::new(),
         };
         Ok(Self { poller, timer, wake, event_port: Arc::new(event_port), state: Mutex::new(state) })
     }
@@ -179,10 +183,15 @@ impl HostPort for Port {
     }
 
     fn connection_changed(&self, event: &ConnectionEvent) {
+        let mut state = self.state();
+        if state.events.len() >= MAX_EVENTS {
+            state.events.pop_front();
+        }
+        state.events.push_back(event.clone());
         if let ConnectionEvent::Lost(reason) = event
             && *reason != LossReason::HostGone
         {
-            self.state().fail(ConnectionError::Bus(*reason));
+            state.fail(ConnectionError::Bus(*reason));
             self.wake.ring();
         }
     }

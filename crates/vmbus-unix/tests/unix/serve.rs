@@ -2,9 +2,11 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::mpsc::TryRecvError;
 use std::time::Instant;
 
-use kmcl::Guid;
+use kmcl::{Guid, NtStatus};
+use vmbus_guest::{ConnectionEvent, ConnectionState};
 use vmbus_unix::{
     BindError, ConnectError, ConnectionError, HostOptions, Reason, UnixGuest, UnixHost,
 };
@@ -101,6 +103,68 @@ fn a_device_that_is_taken_away_and_back_is_found_again() {
     }
     // The former channels were released: there is one.
     eventually(|| client.guest.bus().counts().guest.channels == 1);
+}
+
+#[test]
+fn a_guest_may_unload_and_connect_anew() {
+    let server = Server::start();
+    let client = Client::connect(server.path());
+    for round in 0..6 {
+        assert_eq!(client.echo(b"once more").unwrap()[..9], b"once more"[..]);
+        if round % 2 == 0 {
+            client.guest.bus().unload().unwrap();
+            expect(&client.seen, Seen::Closed);
+            eventually(|| client.guest.bus().state() == ConnectionState::Unloaded);
+        }
+        client.guest.bus().connect().unwrap(); // on a live connection this ends it first
+        if round % 2 == 1 {
+            expect(&client.seen, Seen::Closed);
+        }
+        client.channel.enable().unwrap();
+        expect(&client.seen, Seen::Opened);
+        expect(&client.seen, Seen::Started);
+    }
+    let counts = client.guest.bus().counts();
+    assert_eq!((counts.rings, counts.guest.gpadls, counts.guest.quarantined), (1, 1, 0));
+}
+
+/// Requests beside channels cross as well, and have their answers.
+#[test]
+fn requests_of_the_guest_are_answered() {
+    let server = Server::start();
+    let client = Client::connect(server.path());
+    let bus = client.guest.bus();
+    let channel_id = bus.offers()[0].channel_id;
+    drop(client.guest.take_events());
+    let mut events = Vec::new();
+    let mut next = || {
+        eventually(|| {
+            events.extend(client.guest.take_events());
+            !events.is_empty()
+        });
+        events.remove(0)
+    };
+
+    bus.modify_channel(channel_id, 5).unwrap();
+    let status = NtStatus::SUCCESS;
+    assert_eq!(next(), ConnectionEvent::ChannelModified { channel_id, status });
+    assert_eq!(client.echo(b"from VP 5").unwrap()[..9], b"from VP 5"[..]);
+
+    bus.modify_connection(None).unwrap();
+    assert!(matches!(next(), ConnectionEvent::ConnectionModified { .. }));
+
+    let (endpoint_id, service_id) = (Guid::from_u128(1), Guid::from_u128(2));
+    bus.connect_hvsock(endpoint_id, service_id, None).unwrap();
+    let status = NtStatus::CONNECTION_REFUSED;
+    assert_eq!(next(), ConnectionEvent::HvsockRefused { endpoint_id, service_id, status });
+
+    bus.pause().unwrap();
+    assert_eq!(next(), ConnectionEvent::Paused);
+    server.device().disable();
+    // The device is gone, and the guest hears of it when it wants to hear anything.
+    assert_eq!(client.seen.try_recv(), Err(TryRecvError::Empty));
+    bus.resume().unwrap();
+    expect(&client.seen, Seen::Closed);
 }
 
 #[test]
