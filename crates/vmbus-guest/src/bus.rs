@@ -34,8 +34,8 @@ use ring::Ring;
 /// has doubled.
 const LOGGED_ERRORS: u64 = 16;
 
-/// A guest's VMBus connection: [`kmcl::bus::Bus`] for client endpoints. A clone is another handle to
-/// the same connection; everything may be called from any thread, and nothing blocks.
+/// A guest's VMBus connection: [`kmcl::bus::Bus`] for client endpoints. A clone is another handle
+/// to the same connection; everything may be called from any thread, and nothing blocks.
 ///
 /// The owner of the transport feeds [`GuestBus::host_message`], [`GuestBus::message_posted`] and
 /// [`GuestBus::host_gone`]; the bus talks to the transport through [`HostPort`]. No lock is held
@@ -242,8 +242,8 @@ impl GuestBus {
         self.0.with(|state| state.guest.resume())
     }
 
-    /// See [`Guest::connect_hvsock`]. A client endpoint that waits for the pair is told of a refusal
-    /// by [`BusEvent::ConnectFailed`].
+    /// See [`Guest::connect_hvsock`]. A client endpoint that waits for the pair is told of a
+    /// refusal by [`BusEvent::ConnectFailed`].
     ///
     /// # Errors
     /// [`RequestError`].

@@ -38,7 +38,8 @@ pub enum Effect {
         /// What.
         event: ClientEvent,
     },
-    /// Host and client have both let go of the ring that GPADL `gpadl` describes: its pages are free.
+    /// Host and client have both let go of the ring that GPADL `gpadl` describes: its pages are
+    /// free.
     RingReleased {
         /// As returned by [`Guest::open`](crate::Guest::open).
         gpadl: u32,

@@ -37,7 +37,8 @@ pub enum HostError {
     },
     /// Two live offers that a client could not tell apart.
     #[error(
-        "channel {channel_id} offers {instance}, subchannel {subchannel_index}, as channel {existing} does"
+        "channel {channel_id} offers {instance}, subchannel {subchannel_index}, \
+         as channel {existing} does"
     )]
     SameInstance {
         /// The channel offered.
@@ -232,7 +233,11 @@ pub enum RequestError {
         state: &'static str,
     },
     /// The ring has no legal shape.
-    #[error("a ring of {pages} pages, {outgoing} of them outgoing, needs 2 or more each way and at most {max} in all", max = crate::gpadl::MAX_GPADL_PAGES)]
+    #[error(
+        "a ring of {pages} pages, {outgoing} of them outgoing, needs 2 or more each way and at \
+         most {max} in all",
+        max = crate::gpadl::MAX_GPADL_PAGES
+    )]
     RingShape {
         /// Pages in both directions.
         pages: usize,
@@ -254,7 +259,10 @@ pub enum RequestError {
         pages: usize,
     },
     /// More than one GPADL can describe.
-    #[error("{ranges} ranges in {words} words: a GPADL has 1 range or more, in at most {max} words", max = vmbus_wire::message::gpadl::MAX_GPADL_WORDS)]
+    #[error(
+        "{ranges} ranges in {words} words: a GPADL has 1 range or more, in at most {max} words",
+        max = vmbus_wire::message::gpadl::MAX_GPADL_WORDS
+    )]
     GpadlSize {
         /// Ranges given.
         ranges: usize,

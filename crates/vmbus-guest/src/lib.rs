@@ -1,8 +1,9 @@
 //! The guest's control plane of VMBus, in user space.
 //!
 //! [`Guest`] is the protocol as a pure state machine: versions negotiated from a list downwards,
-//! offers, GPADLs, channels opened and closed, rescinds, unload and reconnect. [`GuestBus`] puts memory and a
-//! transport around it and serves [`kmcl`]'s client endpoints; a transport implements [`HostPort`].
+//! offers, GPADLs, channels opened and closed, rescinds, unload and reconnect. [`GuestBus`] puts
+//! memory and a transport around it and serves [`kmcl`]'s client endpoints; a transport implements
+//! [`HostPort`].
 //!
 //! | module | one idea |
 //! |---|---|
@@ -11,13 +12,13 @@
 //! | `post` | messages in order, one at a time, again when the host was short of buffers |
 //! | `bus` | [`GuestBus`]: effects performed, outside every lock, in order |
 //!
-//! The host is not trusted with anything but the memory it is given: a message that does not fit what
-//! this guest asked for is refused by a [`HostError`] and changes nothing, and nothing that a host
-//! sends makes a table grow beyond the 2047 channels that a bus can have.
+//! The host is not trusted with anything but the memory it is given: a message that does not fit
+//! what this guest asked for is refused by a [`HostError`] and changes nothing, and nothing that a
+//! host sends makes a table grow beyond the 2047 channels that a bus can have.
 //!
 //! Not here: monitored notifications (this guest makes no monitor pages, so hosts must not offer
-//! monitors, and [`kmcl::bus::ClientLink::set_interrupt_latency`] is not supported), reserved channels
-//! (crash dumps), and any clock: a host that never answers is for the transport to notice.
+//! monitors, and [`kmcl::bus::ClientLink::set_interrupt_latency`] is not supported), reserved
+//! channels (crash dumps), and any clock: a host that never answers is for the transport to notice.
 //!
 //! Source: vmbus-wire sections 1 to 3.
 

@@ -1,12 +1,12 @@
 //! The guest's control plane as a pure state machine.
 //!
-//! [`Guest`] holds what a guest knows of its connection, offers, channels and GPADLs. Whatever happens
-//! is a call; whatever has to be done about it comes out of [`Guest::next_effect`], in order. There
-//! is no I/O, clock, thread or lock in here, and no memory of anybody's is touched.
+//! [`Guest`] holds what a guest knows of its connection, offers, channels and GPADLs. Whatever
+//! happens is a call; whatever has to be done about it comes out of [`Guest::next_effect`], in
+//! order. There is no I/O, clock, thread or lock in here, and no memory of anybody's is touched.
 //!
-//! The host is not trusted: each of its messages is checked against what was asked of it, and one that
-//! does not fit is refused with a [`HostError`] and changes nothing. All tables are bounded by what
-//! this guest itself has asked for, and by the 2047 numbers that channels can have.
+//! The host is not trusted: each of its messages is checked against what was asked of it, and one
+//! that does not fit is refused with a [`HostError`] and changes nothing. All tables are bounded by
+//! what this guest itself has asked for, and by the 2047 numbers that channels can have.
 //!
 //! ```text
 //!               connect            VERSION_RESPONSE
@@ -16,8 +16,8 @@
 //!                          └───────────────▶ Lost ◀────────────────┘   (host gone, or it misbehaves)
 //! ```
 //!
-//! `connect` is possible from every state but Contacting and Unloading; on a live connection it makes
-//! the host forget everything first.
+//! `connect` is possible from every state but Contacting and Unloading; on a live connection it
+//! makes the host forget everything first.
 
 mod channels;
 mod connection;
@@ -57,7 +57,8 @@ pub struct Guest {
     clients: BTreeMap<ClientId, Client>,
     gpadls: BTreeMap<u32, Gpadl>,
     mmio: MmioSpace,
-    /// The host was told to forget everything and has not said that it did: it may still use memory.
+    /// The host was told to forget everything and has not said that it did: it may still use
+    /// memory.
     reset_pending: bool,
     /// What to report once it did.
     quarantine: Vec<Effect>,

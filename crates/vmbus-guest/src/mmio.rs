@@ -28,8 +28,8 @@ impl MmioSpace {
         Self { window, taken: BTreeMap::new() }
     }
 
-    /// The lowest free part of `required + optional` MiB for `channel`, or of `required` MiB if that
-    /// is all there is. `Ok(None)` where nothing is asked for.
+    /// The lowest free part of `required + optional` MiB for `channel`, or of `required` MiB if
+    /// that is all there is. `Ok(None)` where nothing is asked for.
     pub(crate) fn allocate(
         &mut self,
         channel: u32,

@@ -147,8 +147,8 @@ impl Outbox {
         }
     }
 
-    /// Withdraws everything: the connection the messages belong to is over. The answer to the one in
-    /// flight still comes, unless the transport itself is gone.
+    /// Withdraws everything: the connection the messages belong to is over. The answer to the one
+    /// in flight still comes, unless the transport itself is gone.
     pub(crate) fn clear(&mut self, transport_is_gone: bool) {
         self.queue.clear();
         self.backing_off = false;

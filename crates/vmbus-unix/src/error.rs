@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use vmbus_guest::{GuestBusError, LossReason, RequestError};
 use vmbus_memory::MemoryError;
 
-use crate::frame::{Kind, MAX_FRAME_SIZE, MAX_REASON_TEXT, TRANSPORT_VERSION};
+use crate::frame::{Kind, MAX_FRAME_SIZE, MAX_HELLO_REGIONS, MAX_REASON_TEXT, TRANSPORT_VERSION};
 
 /// Why a frame was refused. Always the peer's doing, and the end of its connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -71,7 +71,7 @@ pub enum FrameError {
         got: usize,
     },
     /// A guest's memory in no pieces, or in too many.
-    #[error("memory in {regions} regions, outside 1..={max}", max = crate::frame::MAX_HELLO_REGIONS)]
+    #[error("memory in {regions} regions, outside 1..={MAX_HELLO_REGIONS}")]
     Regions {
         /// How many.
         regions: u32,

@@ -1,7 +1,7 @@
 //! eventfds that two processes share.
 //!
-//! The two processes share one *open file description*: its counter and its flags. So a peer can read
-//! it empty, fill it, and clear its `O_NONBLOCK`.
+//! The two processes share one *open file description*: its counter and its flags. So a peer can
+//! read it empty, fill it, and clear its `O_NONBLOCK`.
 //!
 //! - *Reading* never waits here: it is done with `RWF_NOWAIT`, which the flag does not matter to.
 //! - *Writing* has no such flag in Linux. Before each write the counter is polled for room, so that
@@ -90,8 +90,8 @@ impl Signal for PeerEvent {
     }
 }
 
-/// Makes room in the counter of an eventfd that a peer may have filled, before somebody writes to it
-/// who does not look.
+/// Makes room in the counter of an eventfd that a peer may have filled, before somebody writes to
+/// it who does not look.
 pub(crate) fn make_room(event: BorrowedFd<'_>) {
     if !has_room(event) {
         read_empty(event);

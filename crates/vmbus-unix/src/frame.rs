@@ -10,8 +10,8 @@
 //! | [`Kind::Message`] | host | VP | SINT | a VMBus message | none |
 //! | [`Kind::Listening`] | host | connection id | 0 | none | what signals it |
 //!
-//! `Hello` and its two answers keep the form given here in every version of the transport, as far as
-//! the [`Greeting`]: so two ends of different versions can say so.
+//! `Hello` and its two answers keep the form given here in every version of the transport, as far
+//! as the [`Greeting`]: so two ends of different versions can say so.
 //!
 //! All numbers are little-endian. Source: this crate.
 

@@ -33,8 +33,8 @@ const ATTENTION: u64 = 3;
 /// What a guest brings along.
 #[derive(Clone, Debug)]
 pub struct GuestOptions {
-    /// Bytes of memory that it donates, whole pages: all its rings and buffers. The first page stays
-    /// unused, as address 0 has a meaning of its own in messages.
+    /// Bytes of memory that it donates, whole pages: all its rings and buffers. The first page
+    /// stays unused, as address 0 has a meaning of its own in messages.
     pub memory_bytes: u64,
     /// What it asks for. Versions below 2.4 may be listed; the interrupt page is made.
     pub config: GuestConfig,
@@ -54,9 +54,9 @@ impl GuestOptions {
 /// The guest's end of a transport between processes: donates memory to the host that serves at a
 /// path, and gives a [`GuestBus`] for client endpoints.
 ///
-/// It needs a loop, and not on a thread that waits for the bus (as `kmcl` does for GPADLs): wait until
-/// its descriptor ([`AsFd`]) is readable, then call [`UnixGuest::drive`]. Dropping it ends the connection,
-/// and every channel is rescinded; so it does when the host goes.
+/// It needs a loop, and not on a thread that waits for the bus (as `kmcl` does for GPADLs): wait
+/// until its descriptor ([`AsFd`]) is readable, then call [`UnixGuest::drive`]. Dropping it ends
+/// the connection, and every channel is rescinded; so it does when the host goes.
 #[derive(Debug)]
 pub struct UnixGuest {
     bus: GuestBus,
@@ -67,8 +67,8 @@ pub struct UnixGuest {
 }
 
 impl UnixGuest {
-    /// Connects to the host that serves at `path`, donating `memory_bytes` of memory. The bus is making
-    /// contact when this returns; offers come as the guest is driven.
+    /// Connects to the host that serves at `path`, donating `memory_bytes` of memory. The bus is
+    /// making contact when this returns; offers come as the guest is driven.
     ///
     /// # Errors
     /// [`ConnectError`]: nobody there, refused, no answer in time.
@@ -103,8 +103,8 @@ impl UnixGuest {
         Ok(self.port.poller.wait(limit)?)
     }
 
-    /// Does what there is to do, and returns whether there is more. A bounded amount of work, without
-    /// waiting. While one thread is at it, other callers return at once.
+    /// Does what there is to do, and returns whether there is more. A bounded amount of work,
+    /// without waiting. While one thread is at it, other callers return at once.
     ///
     /// # Errors
     /// Whatever the system says about waiting itself. The end of the connection is told by
@@ -149,8 +149,8 @@ impl UnixGuest {
         })
     }
 
-    /// Drives until `done` says so, the connection is over, or `limit` has passed. Returns whether `done`
-    /// said so. For programs that have nothing else to do meanwhile.
+    /// Drives until `done` says so, the connection is over, or `limit` has passed. Returns whether
+    /// `done` said so. For programs that have nothing else to do meanwhile.
     ///
     /// # Errors
     /// As for [`UnixGuest::drive`].

@@ -30,8 +30,8 @@ use session::Session;
 /// Processes that may have connected and not yet introduced themselves.
 pub const MAX_HANDSHAKES: usize = 8;
 
-/// Events kept for [`UnixHost::take_events`] and [`UnixGuest::take_events`](crate::UnixGuest::take_events).
-/// Older ones are dropped.
+/// Events kept for [`UnixHost::take_events`] and
+/// [`UnixGuest::take_events`](crate::UnixGuest::take_events). Older ones are dropped.
 pub const MAX_EVENTS: usize = 64;
 
 /// Frames of the guest handled by one [`UnixHost::drive`].
@@ -111,13 +111,16 @@ pub enum HostEvent {
 }
 
 /// The host's end of a transport between processes: serves the guests that connect to a socket, one
-/// at a time, with the channels offered on one [`HostBus`], which stay offered while guests come and go.
+/// at a time, with the channels offered on one [`HostBus`], which stay offered while guests come
+/// and go.
 ///
-/// It needs a loop: wait until its descriptor ([`AsFd`]) is readable, then call [`UnixHost::drive`].
-/// Both are safe to use from any thread; `drive` does bounded work and never waits. Dropping the host
-/// removes the socket and ends its guest; the bus remains, without a guest.
+/// It needs a loop: wait until its descriptor ([`AsFd`]) is readable, then call
+/// [`UnixHost::drive`]. Both are safe to use from any thread; `drive` does bounded work and never
+/// waits. Dropping the host removes the socket and ends its guest; the bus remains, without a
+/// guest.
 ///
-/// What a guest can do to this process beside using its devices is told in the [crate's documentation](crate).
+/// What a guest can do to this process beside using its devices is told in the [crate's
+/// documentation](crate).
 pub struct UnixHost {
     listener: Listener,
     bus: HostBus,
@@ -154,8 +157,8 @@ impl UnixHost {
         Self::bind_with(path, HostOptions::default())
     }
 
-    /// Serves at `path`, a Unix socket that only this user may connect to. A socket there whose server is
-    /// gone is replaced.
+    /// Serves at `path`, a Unix socket that only this user may connect to. A socket there whose
+    /// server is gone is replaced.
     ///
     /// # Errors
     /// [`BindError`]: a live server, something else than a socket, a path too long, no descriptors.
@@ -219,12 +222,12 @@ impl UnixHost {
         Ok(self.port.poller.wait(limit)?)
     }
 
-    /// Does what there is to do, and returns whether there is more. A bounded amount of work, without
-    /// waiting. While one thread is at it, other callers return at once.
+    /// Does what there is to do, and returns whether there is more. A bounded amount of work,
+    /// without waiting. While one thread is at it, other callers return at once.
     ///
     /// # Errors
-    /// Whatever the system says about waiting itself. What goes wrong with a guest ends that guest, and
-    /// is told by [`UnixHost::take_events`].
+    /// Whatever the system says about waiting itself. What goes wrong with a guest ends that guest,
+    /// and is told by [`UnixHost::take_events`].
     pub fn drive(&self) -> io::Result<bool> {
         let mut driver = match self.driver.try_lock() {
             Ok(driver) => driver,
@@ -246,7 +249,7 @@ impl UnixHost {
                     if ready.writable {
                         self.flush();
                     }
-                    more |= ready.readable && self.read(&mut driver);
+                    more |= ready.readable && self.read();
                 }
                 token => self.introduced(&mut driver, token),
             }
@@ -299,8 +302,8 @@ impl UnixHost {
                 }
             };
             let mut link = Link::new(socket);
-            // Whoever comes after the last guest has ended is not turned away because of it, even where
-            // we have not looked yet.
+            // Whoever comes after the last guest has ended is not turned away because of it, even
+            // where we have not looked yet.
             if self.port.session().as_ref().is_some_and(|session| session.link.is_hung_up()) {
                 self.end(ConnectionError::Closed);
             }
@@ -426,7 +429,7 @@ impl UnixHost {
     }
 
     /// Handles frames of the guest. Returns whether there may be more.
-    fn read(&self, _driver: &mut Driver) -> bool {
+    fn read(&self) -> bool {
         for _ in 0..FRAMES_PER_TURN {
             let received = match &*self.port.session() {
                 // A guest that does not take its answers gets no more of them.

@@ -1,9 +1,9 @@
-//! VMBus between two processes: a host that serves devices, and a guest that uses them, on one Linux
-//! machine, without a hypervisor.
+//! VMBus between two processes: a host that serves devices, and a guest that uses them, on one
+//! Linux machine, without a hypervisor.
 //!
 //! The guest donates its memory, a sealed memfd. Control messages are frames over a Unix socket
-//! (`SOCK_SEQPACKET`); signals are eventfds that each side gives the other; packets are in rings in the
-//! guest's memory, and do not pass through here.
+//! (`SOCK_SEQPACKET`); signals are eventfds that each side gives the other; packets are in rings in
+//! the guest's memory, and do not pass through here.
 //!
 //! | module | one idea |
 //! |---|---|
@@ -25,31 +25,32 @@
 //!   │◀─ Message OPEN_CHANNEL_RESULT ─────────────────│
 //! ```
 //!
-//! From then on each side writes to the other's eventfd: no frame, and no third thread, is between a
-//! packet and whoever waits for it.
+//! From then on each side writes to the other's eventfd: no frame, and no third thread, is between
+//! a packet and whoever waits for it.
 //!
 //! # What a peer can do
 //!
-//! Every frame and descriptor is checked; one that breaks the rules ends the connection, with a reason, and
-//! the host takes the next guest. What remains:
+//! Every frame and descriptor is checked; one that breaks the rules ends the connection, with a
+//! reason, and the host takes the next guest. What remains:
 //!
-//! - An eventfd that two processes have is one open file: its counter and its `O_NONBLOCK` are shared.
-//!   Reading is done with `RWF_NOWAIT`, which never waits. Linux has no such flag for writing to an eventfd,
-//!   so each write is preceded by a poll for room: a peer that fills the counter stops nobody. A peer that
-//!   clears `O_NONBLOCK` and fills the counter *between* the poll and the write makes the writing thread
-//!   wait until somebody reads; the end of the connection does, on the thread that drives. A host for
-//!   guests that it trusts so little gives each a process of its own.
+//! - An eventfd that two processes have is one open file: its counter and its `O_NONBLOCK` are
+//!   shared. Reading is done with `RWF_NOWAIT`, which never waits. Linux has no such flag for
+//!   writing to an eventfd, so each write is preceded by a poll for room: a peer that fills the
+//!   counter stops nobody. A peer that clears `O_NONBLOCK` and fills the counter *between* the poll
+//!   and the write makes the writing thread wait until somebody reads; the end of the connection
+//!   does, on the thread that drives. A host for guests that it trusts so little gives each a
+//!   process of its own.
 //! - A guest can ring a device's doorbell for as long as it keeps the descriptor, even after it has
 //!   disconnected. The device then looks at its rings for nothing.
-//! - A guest's memory is made when it is first touched, by whoever touches it. A device that fills a buffer
-//!   makes this process pay for it; [`HostOptions::max_memory_bytes`] is the bound.
+//! - A guest's memory is made when it is first touched, by whoever touches it. A device that fills
+//!   a buffer makes this process pay for it; [`HostOptions::max_memory_bytes`] is the bound.
 //!
 //! # What is bounded
 //!
 //! One guest at a time; [`MAX_HANDSHAKES`] processes that have not introduced themselves, each for
 //! [`HostOptions::handshake_timeout`]; one post of the guest on its way, whose answer must be taken
-//! before the next is read; a message of the host waits in the bus ([`vmbus_host::limits`]) until the
-//! socket takes it; descriptors of the guest, one per channel.
+//! before the next is read; a message of the host waits in the bus ([`vmbus_host::limits`]) until
+//! the socket takes it; descriptors of the guest, one per channel.
 
 #![forbid(unsafe_code)]
 

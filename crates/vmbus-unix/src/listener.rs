@@ -21,8 +21,8 @@ const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// How long another server may hold the directory. It takes less than a millisecond; but in a shared
-/// directory anybody can hold the lock.
+/// How long another server may hold the directory. It takes less than a millisecond; but in a
+/// shared directory anybody can hold the lock.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
 /// A socket that listens at a path. Dropping it removes the path.
@@ -46,8 +46,8 @@ impl Listener {
         };
         let address =
             address(path).map_err(|len| BindError::PathTooLong { path: path.to_owned(), len })?;
-        // Two servers that start at once must not both find the old socket dead, or one would remove
-        // the other's: the directory is locked meanwhile, which leaves nothing behind.
+        // Two servers that start at once must not both find the old socket dead, or one would
+        // remove the other's: the directory is locked meanwhile, which leaves nothing behind.
         let _directory = lock_directory(path).map_err(failed("flock"))?;
         remove_stale(path, &address)?;
 
@@ -86,7 +86,8 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _directory = lock_directory(&self.path); // without it the check below is only likely true
+        // Without it, what the check below finds may change before it is acted upon.
+        let _directory = lock_directory(&self.path);
         if let Ok(status) = lstat(&self.path)
             && (status.st_dev, status.st_ino) == self.made
             && let Err(error) = std::fs::remove_file(&self.path)

@@ -60,8 +60,8 @@ impl Poller {
         epoll::modify(&self.0, fd, EventData::new_u64(token), interest.flags())
     }
 
-    /// A peer that holds the same open file keeps it in the set after we have closed our descriptor:
-    /// what goes is taken out first.
+    /// A peer that holds the same open file keeps it in the set after we have closed our
+    /// descriptor: what goes is taken out first.
     pub(crate) fn remove(&self, fd: impl AsFd) {
         let _was_there = epoll::delete(&self.0, fd);
     }

@@ -1,5 +1,5 @@
-//! A server that has no descriptor left for those who connect. Alone in its process, as it takes them
-//! all away.
+//! A server that has no descriptor left for those who connect. Alone in its process, as it takes
+//! them all away.
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;

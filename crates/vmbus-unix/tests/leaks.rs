@@ -1,5 +1,5 @@
-//! Guests with open channels that come and go leave no descriptor and no mapping. Alone in its process,
-//! as it counts them all.
+//! Guests with open channels that come and go leave no descriptor and no mapping. Alone in its
+//! process, as it counts them all.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests stop at surprises")]
 

@@ -70,7 +70,8 @@ impl InterruptPage {
     }
 }
 
-/// Signals the host of an old version: sets the channel's bit, then rings the port for all channels.
+/// Signals the host of an old version: sets the channel's bit, then rings the port for all
+/// channels.
 pub(super) struct LegacySignal {
     pub(super) page: InterruptPage,
     pub(super) channel_id: u32,

@@ -21,8 +21,8 @@ pub enum Posted {
 /// How a guest bus reaches its host. Called from any thread, never under a lock of the bus, and
 /// allowed to call the bus back. Nothing here may block.
 pub trait HostPort: Send + Sync {
-    /// Posts a message of at most 240 bytes to `connection_id` (HvPostMessage). No further one comes
-    /// before the answer.
+    /// Posts a message of at most 240 bytes to `connection_id` (HvPostMessage). No further one
+    /// comes before the answer.
     fn post_message(&self, connection_id: u32, message: &[u8]) -> Posted;
 
     /// The host was short of buffers for the `attempt`th time in a row:

@@ -112,9 +112,9 @@ impl Connection {
 }
 
 impl Guest {
-    /// Connects: asks the host for each version of the list until it takes one, then for its offers.
-    /// On a live connection, makes the host forget everything first: every bound client endpoint is
-    /// rescinded.
+    /// Connects: asks the host for each version of the list until it takes one, then for its
+    /// offers. On a live connection, makes the host forget everything first: every bound client
+    /// endpoint is rescinded.
     ///
     /// # Errors
     /// [`RequestError::Connection`] while an attempt or an unload is under way.
@@ -150,8 +150,8 @@ impl Guest {
         Ok(())
     }
 
-    /// The transport has lost the host: no message comes or goes any more, no post status comes, and
-    /// the host uses no memory.
+    /// The transport has lost the host: no message comes or goes any more, no post status comes,
+    /// and the host uses no memory.
     pub fn host_gone(&mut self) {
         if !matches!(self.connection, Connection::Lost(_)) {
             self.lose(LossReason::HostGone);
@@ -317,8 +317,8 @@ impl Guest {
         }
     }
 
-    /// Forgets every channel, and tells their clients. What the host may still use until it has done
-    /// the same stays in quarantine.
+    /// Forgets every channel, and tells their clients. What the host may still use until it has
+    /// done the same stays in quarantine.
     fn drop_session(&mut self, host_uses_memory: bool) {
         self.outbox.clear(false);
         self.reset_pending |= host_uses_memory;

@@ -39,8 +39,8 @@ impl Guest {
     /// Adds a client endpoint, which gets the first free offer that matches `target`, now or later.
     ///
     /// # Errors
-    /// [`RequestError::Limit`] at [`MAX_CLIENTS`]; [`RequestError::Connection`] after the end of the
-    /// connection.
+    /// [`RequestError::Limit`] at [`MAX_CLIENTS`]; [`RequestError::Connection`] after the end of
+    /// the connection.
     pub fn bind(&mut self, target: Target) -> Result<ClientId, RequestError> {
         match self.connection {
             Connection::Disconnected | Connection::Contacting { .. } | Connection::Connected(_) => {
@@ -141,7 +141,8 @@ impl Guest {
     /// Describes `pages` to the host; answered by [`ClientEvent::GpadlCreated`].
     ///
     /// # Errors
-    /// [`RequestError`]: the endpoint is not bound, the pages cannot be described, a bound is reached.
+    /// [`RequestError`]: the endpoint is not bound, the pages cannot be described, a bound is
+    /// reached.
     pub fn create_gpadl(&mut self, id: ClientId, pages: &GpadlPages) -> Result<u32, RequestError> {
         let channel_id = self.bound(id)?;
         let channel = self.usable(channel_id)?;

@@ -57,8 +57,8 @@ impl State {
     }
 }
 
-/// Signals the host for one channel. Quiet until the host has given what to ring, which it does before
-/// it says that the channel is open.
+/// Signals the host for one channel. Quiet until the host has given what to ring, which it does
+/// before it says that the channel is open.
 #[derive(Debug, Default)]
 struct HostSignal(OnceLock<PeerEvent>);
 
@@ -105,7 +105,8 @@ impl Port {
         self.use_link(|link| link.flush().map(drop));
     }
 
-    /// The host listens for signals to a connection. Where no channel waits for that, it is forgotten.
+    /// The host listens for signals to a connection. Where no channel waits for that, it is
+    /// forgotten.
     pub(super) fn listening(&self, connection_id: u32, event: PeerEvent) {
         let signal = self.state().signals.get(&connection_id).and_then(Weak::upgrade);
         if let Some(signal) = signal {
@@ -173,6 +174,9 @@ impl HostPort for Port {
         // It goes along with the open; whether there is one shows now.
         doorbell.event_fd().map_err(|_| NtStatus::INSUFFICIENT_RESOURCES)?;
         let mut state = self.state();
+        // Offers come and go, and the host chooses their numbers: those that went leave nothing.
+        state.doorbells.retain(|_, doorbell| doorbell.strong_count() > 0);
+        state.signals.retain(|_, signal| signal.strong_count() > 0);
         state.doorbells.insert(channel.channel_id, Arc::downgrade(doorbell));
         if channel.connection_id == connection::EVENT {
             return Ok(Arc::clone(&self.event_port) as Arc<dyn Signal>);

@@ -25,8 +25,8 @@ pub(super) struct Session {
     pub(super) memory: GuestMemory,
     /// Rung for event flag 0, which stands for the shared interrupt page.
     pub(super) attention: Arc<PeerEvent>,
-    /// By event flag: what the guest gave along with its opens. In use as long as somebody else holds
-    /// it as well.
+    /// By event flag: what the guest gave along with its opens. In use as long as somebody else
+    /// holds it as well.
     doorbells: BTreeMap<u16, Arc<PeerEvent>>,
     /// By connection id: what the guest was given to ring.
     pub(super) listening: BTreeMap<u32, Arc<dyn Doorbell>>,
@@ -104,8 +104,8 @@ impl Session {
         }
     }
 
-    /// Keeps what the host rings by `flag`. There are as many in use as `channels` at most; when more
-    /// come, those go that nobody uses.
+    /// Keeps what the host rings by `flag`. There are as many in use as `channels` at most; when
+    /// more come, those go that nobody uses.
     pub(super) fn keep_doorbell(&mut self, flag: u16, doorbell: PeerEvent, channels: usize) {
         if self.doorbells.len() >= channels {
             self.doorbells.retain(|_, doorbell| Arc::strong_count(doorbell) > 1);

@@ -8,8 +8,8 @@ use vmbus_unix::{HostEvent, HostOptions};
 
 use crate::raw::*;
 
-/// A guest that posts and posts, and never takes an answer: the host stops reading it, keeps nothing
-/// for it, and has nothing to do until it reads.
+/// A guest that posts and posts, and never takes an answer: the host stops reading it, keeps
+/// nothing for it, and has nothing to do until it reads.
 #[test]
 fn a_guest_that_does_not_read_is_not_read_either() {
     let server = Server::new(HostOptions::default());

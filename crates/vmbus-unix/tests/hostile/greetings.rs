@@ -191,8 +191,8 @@ fn a_guest_that_leaves_before_it_says_anything_is_forgotten() {
     server.assert_takes_a_guest();
 }
 
-/// Those who connect and say nothing keep nobody out, as long as there are few of them; then only for
-/// as long as a handshake may take.
+/// Those who connect and say nothing keep nobody out, as long as there are few of them; then only
+/// for as long as a handshake may take.
 #[test]
 fn a_stalled_handshake_keeps_nobody_out_for_long() {
     let handshake_timeout = Duration::from_millis(100);

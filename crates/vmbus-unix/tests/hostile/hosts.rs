@@ -192,6 +192,39 @@ fn an_answer_that_nobody_waits_for_ends_the_connection() {
     ));
 }
 
+/// A host without buffers is asked again, after a while that the guest's own timer ends.
+#[test]
+fn a_post_without_success_is_made_again() {
+    let fake = Fake::new();
+    let (guest, raw) = fake.welcomed();
+    assert_eq!(raw.receive().unwrap().header.kind, Kind::Hello as u32);
+    let first = raw.receive().unwrap();
+    for status in [19, 11, 19] {
+        raw.send(&frame(5, status, 0, &[]), &[]);
+        let mut again = None;
+        guest
+            .drive_until(PATIENCE, |_| {
+                if wait_for_frame(&raw) {
+                    again = raw.receive();
+                }
+                again.is_some()
+            })
+            .unwrap();
+        let again = again.expect("the same message");
+        assert_eq!((again.header, &again.payload), (first.header, &first.payload));
+    }
+    raw.send(&frame(5, 0, 0, &[]), &[]);
+    raw.send(&frame(5, 0, 0, &[]), &[]);
+    assert!(!guest.drive_until(PATIENCE, |_| false).unwrap(), "there is nothing more to answer");
+}
+
+/// Whether the guest has sent something.
+fn wait_for_frame(raw: &Raw) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(&raw.0, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+}
+
 /// Signals for channels that nobody opens, and messages that make no sense, are dropped.
 #[test]
 fn what_means_nothing_changes_nothing() {

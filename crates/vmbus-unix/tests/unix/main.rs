@@ -1,5 +1,5 @@
-//! Two ends of a transport, with devices on one and drivers on the other: in one process, and in two
-//! of which one is killed.
+//! Two ends of a transport, with devices on one and drivers on the other: in one process, and in
+//! two of which one is killed.
 
 #![expect(
     clippy::unwrap_used,
