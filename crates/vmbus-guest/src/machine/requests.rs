@@ -91,7 +91,7 @@ impl Guest {
     pub fn open(&mut self, id: ClientId, request: RingRequest) -> Result<u32, RequestError> {
         let channel_id = self.bound(id)?;
         let channel = self.usable(channel_id)?;
-        if !channel.is_at_rest() && !matches!(channel.phase, Phase::Idle) {
+        if !matches!(channel.phase, Phase::Idle) {
             return Err(RequestError::ChannelState { channel_id, state: channel.state() });
         }
         let RingRequest { pfns, outgoing_pages, target_vp, user_data } = request;
