@@ -183,9 +183,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let rounds = if std::env::args().any(|arg| arg == "--short") { 50 } else { 3_000 };
     let mut ours = Ours::new()?;
     let baseline = Baseline::new()?;
-    let only = std::env::var("ONLY").ok();
     for (depth, limit) in [(1, 4.0), (4, 2.5), (16, 2.0)] {
-        if only.as_ref().is_some_and(|o| *o != format!("{depth}")) { continue; }
         let chains = Baseline::chains(depth);
         let (mut own, mut other) = (Vec::with_capacity(rounds), Vec::with_capacity(rounds));
         for _ in 0..rounds {
