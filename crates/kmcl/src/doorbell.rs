@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, write};
 
 use crate::bus::Doorbell;
@@ -28,9 +28,16 @@ impl Event {
         Ok(self.0.get_or_init(|| event).as_fd())
     }
 
-    /// Makes the descriptor readable. A full counter is as loud as can be, so that is no error.
+    /// Makes the descriptor readable. One that is readable is left alone: a peer that holds it may
+    /// have filled its counter and cleared O_NONBLOCK, and a write would wait for ever. A peer that
+    /// does both between the look and the write still can; it then stops its own channels' thread.
     pub(crate) fn ring(&self) {
         let Some(event) = self.existing() else { return };
+        let mut look = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut look, Some(&at_once)) == Ok(1) {
+            return;
+        }
         match write(event, &1u64.to_ne_bytes()) {
             Ok(_) | Err(Errno::AGAIN) => {}
             Err(error) => tracing::error!(%error, "cannot ring a doorbell"),
@@ -86,7 +93,6 @@ impl Doorbell for EventDoorbell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     fn readable(fd: BorrowedFd<'_>) -> bool {
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
