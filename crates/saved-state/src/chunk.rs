@@ -1,4 +1,9 @@
-//! A chunk: 24 bytes of header, a record's message, and a checksum over both.
+//! A chunk: a header, a record's message, the checksum of the chunk before, and a checksum over all of
+//! that.
+//!
+//! What ties a chunk to the one before comes last, so that nothing waits for it: the checksum of a chunk
+//! is computed up to its last step while that of the one before is not known yet, and a processor does
+//! just that. In front, it would make one long dependency of the whole stream.
 
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -17,19 +22,21 @@ pub(crate) const CHECKSUM_BYTES: u32 = 4;
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 pub(crate) struct ChunkHeader {
     magic: [u8; 4],
-    length: U32,   // bytes: this header, the message, the checksum
+    length: U32,   // bytes: this header, the message, the trailer
     sequence: U32, // the stream's header is 0
-    previous: U32, // the checksum of the chunk before
     kind: U16,
     version: U16,
     flags: U16,
     reserved: U16,
 }
-const HEADER_BYTES: u32 = 24;
+const HEADER_BYTES: u32 = 20;
 const _: () = assert!(size_of::<ChunkHeader>() == HEADER_BYTES as usize);
 
+/// Checksum of the chunk before, and that of this one.
+const TRAILER_BYTES: u32 = 4 + CHECKSUM_BYTES;
+
 /// Bytes of a chunk beside the message.
-pub(crate) const OVERHEAD_BYTES: u32 = HEADER_BYTES + CHECKSUM_BYTES;
+pub(crate) const OVERHEAD_BYTES: u32 = HEADER_BYTES + TRAILER_BYTES;
 
 /// Nothing comes after the chunk.
 const LAST: u16 = 1;
@@ -112,7 +119,8 @@ pub(crate) fn parse(input: &[u8]) -> Result<Framed<'_>, Damage> {
 /// Takes a measured chunk apart, whatever its checksum.
 pub(crate) fn take_apart<'a>(header: &ChunkHeader, bytes: &'a [u8], checksum: u32) -> Framed<'a> {
     let flags = header.flags.get();
-    let content = bytes.len().saturating_sub(CHECKSUM_BYTES as usize);
+    let trailer = bytes.len().saturating_sub(TRAILER_BYTES as usize);
+    let previous = bytes.get(trailer..).and_then(<[u8]>::first_chunk);
     let strange = if flags & !KNOWN_FLAGS != 0 {
         Some(Damage::Flags { found: flags, known: KNOWN_FLAGS })
     } else if header.reserved.get() != 0 {
@@ -123,7 +131,7 @@ pub(crate) fn take_apart<'a>(header: &ChunkHeader, bytes: &'a [u8], checksum: u3
     Framed {
         label: Label {
             sequence: header.sequence.get(),
-            previous: header.previous.get(),
+            previous: previous.copied().map_or(0, u32::from_le_bytes),
             kind: RecordKind(header.kind.get()),
             version: header.version.get(),
             mandatory: flags & MANDATORY != 0,
@@ -131,18 +139,25 @@ pub(crate) fn take_apart<'a>(header: &ChunkHeader, bytes: &'a [u8], checksum: u3
         },
         strange,
         bytes,
-        payload: bytes.get(HEADER_BYTES as usize..content).unwrap_or_default(),
+        payload: bytes.get(HEADER_BYTES as usize..trailer).unwrap_or_default(),
         checksum,
     }
 }
 
-/// The place for the message in `out`, which is the whole chunk.
-pub(crate) fn payload_mut(out: &mut [u8]) -> Option<&mut [u8]> {
-    let content = out.len().checked_sub(CHECKSUM_BYTES as usize)?;
-    out.get_mut(HEADER_BYTES as usize..content)
+/// Ties a chunk to the one before; `None` where `out` is too short for a trailer.
+pub(crate) fn set_previous(out: &mut [u8], previous: u32) -> Option<()> {
+    let (_, trailer) = out.split_last_chunk_mut::<{ TRAILER_BYTES as usize }>()?;
+    *trailer.first_chunk_mut()? = previous.to_le_bytes();
+    Some(())
 }
 
-/// Puts header and checksum around the message that is in `out`; `None` where `out` is no chunk.
+/// The place for the message in `out`, which is the whole chunk.
+pub(crate) fn payload_mut(out: &mut [u8]) -> Option<&mut [u8]> {
+    let trailer = out.len().checked_sub(TRAILER_BYTES as usize)?;
+    out.get_mut(HEADER_BYTES as usize..trailer)
+}
+
+/// Puts header and trailer around the message that is in `out`; `None` where `out` is no chunk.
 #[inline]
 pub(crate) fn finish(out: &mut [u8], label: &Label) -> Option<u32> {
     let last = if label.last { LAST } else { 0 };
@@ -151,12 +166,12 @@ pub(crate) fn finish(out: &mut [u8], label: &Label) -> Option<u32> {
         magic: MAGIC,
         length: U32::new(u32::try_from(out.len()).ok()?),
         sequence: U32::new(label.sequence),
-        previous: U32::new(label.previous),
         kind: U16::new(label.kind.0),
         version: U16::new(label.version),
         flags: U16::new(last | mandatory),
         reserved: U16::ZERO,
     };
     out.first_chunk_mut::<{ HEADER_BYTES as usize }>()?.copy_from_slice(header.as_bytes());
+    set_previous(out, label.previous)?;
     seal(out)
 }

@@ -25,7 +25,7 @@
 //! - **A chunk is checked whole before anything in it is used**: length against the bytes given, then
 //!   checksum, then place and chain, then kind and version, then each field.
 //! - **Reading a stream allocates nothing.** Packets are decoded as slices of the input. Other records
-//!   own copies, never more bytes than their chunk has.
+//!   own copies, within a stated multiple of their chunk ([`limits::DECODED_BYTES_PER_BYTE`]).
 //! - **The state alone decides the bytes.** No clock, no random number, and no buffer size has a part
 //!   in them: a chunk goes whole into the caller's buffer, or not at all.
 //! - **An error has the numbers**: chunk, offset, record, field, what was found and what is allowed.

@@ -338,9 +338,9 @@ mod tests {
             (&[0x09, 1, 2, 3], 1, FieldProblem::Cut { needed: 8, left: 3 }),
             (
                 // Ten gigabytes claimed in ten bytes.
-                &[0x0a, 0x80, 0x80, 0x80, 0xa0, 0x25, 1, 2, 3, 4],
+                &[0x0a, 0x80, 0x80, 0x80, 0x80, 0x28, 1, 2, 3, 4],
                 1,
-                FieldProblem::Cut { needed: 10_000_000_000 / 1_000_000_000 * (1 << 30), left: 4 },
+                FieldProblem::Cut { needed: 10 << 30, left: 4 },
             ),
         ] {
             assert_eq!(Walk::new(bytes).next(), Some(Err((number, problem))), "{bytes:02x?}");

@@ -12,9 +12,14 @@ pub trait Record {
     const KIND: &'static KindInfo;
 }
 
-/// A record that did not encode into the length that it stated.
+/// Why a record was not encoded.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct LengthMismatch;
+pub enum EncodeError {
+    /// It is not as long as it stated: a mistake in its [`Encode`].
+    Length,
+    /// No reader would take that field.
+    Field(FieldError),
+}
 
 /// A record that can be written.
 ///
@@ -24,11 +29,13 @@ pub trait Encode: Record {
     /// Bytes of the message.
     fn encoded_len(&self) -> usize;
 
-    /// Writes the message into `out`, which is [`Self::encoded_len`] bytes long.
+    /// Writes the message into `out`, which is [`Self::encoded_len`] bytes long, and sees to it that
+    /// [`KindInfo::check`] will find nothing wrong with it: a state that cannot be restored must not
+    /// come to be.
     ///
     /// # Errors
-    /// [`LengthMismatch`] where it is not.
-    fn encode(&self, out: &mut [u8]) -> Result<(), LengthMismatch>;
+    /// Either [`EncodeError`]; what is in `out` is of no use then.
+    fn encode(&self, out: &mut [u8]) -> Result<(), EncodeError>;
 }
 
 /// A record that can be read; it may borrow from the input.
@@ -45,10 +52,13 @@ impl<M: prost::Message + Record> Encode for M {
         prost::Message::encoded_len(self)
     }
 
-    fn encode(&self, out: &mut [u8]) -> Result<(), LengthMismatch> {
-        let mut room = out;
-        prost::Message::encode(self, &mut room).map_err(|_| LengthMismatch)?;
-        if room.is_empty() { Ok(()) } else { Err(LengthMismatch) }
+    fn encode(&self, out: &mut [u8]) -> Result<(), EncodeError> {
+        let mut room = &mut *out;
+        prost::Message::encode(self, &mut room).map_err(|_| EncodeError::Length)?;
+        if !room.is_empty() {
+            return Err(EncodeError::Length);
+        }
+        (M::KIND.check)(out).map_err(EncodeError::Field)
     }
 }
 

@@ -44,6 +44,17 @@ impl Field {
         FieldError { number: self.number, name: self.name, problem }
     }
 
+    /// Whether so many bytes are within the field's bound.
+    #[inline]
+    pub(crate) fn holds(&self, bytes: &[u8]) -> Result<(), FieldError> {
+        let (Shape::Bytes { most } | Shape::Text { most }) = self.shape else { return Ok(()) };
+        if bytes.len() <= most {
+            return Ok(());
+        }
+        let (found, most) = (bytes.len() as u64, most as u64);
+        Err(self.error(FieldProblem::Length { found, most }))
+    }
+
     /// Checks what was found against what the field may hold.
     #[inline]
     fn check<'a>(&self, raw: Raw<'a>) -> Result<Value<'a>, FieldProblem> {

@@ -48,8 +48,8 @@ pub fn rechain(stream: &mut [u8]) {
     for range in chunk_ranges(stream) {
         let is_header = range.start == 0;
         let Some(chunk) = stream.get_mut(range) else { return };
-        if !is_header && let Some(room) = chunk.get_mut(12..16) {
-            room.copy_from_slice(&previous.to_le_bytes());
+        if !is_header {
+            let _there_is_room = chunk::set_previous(chunk, previous);
         }
         let Some(checksum) = chunk::seal(chunk) else { return };
         previous = checksum;

@@ -6,7 +6,7 @@ use crate::error::WriteError;
 use crate::header::{self, StreamInfo};
 use crate::kind::KindInfo;
 use crate::limits::{MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_KINDS};
-use crate::record::{self, Encode, Record};
+use crate::record::{self, Encode, EncodeError, Record};
 use crate::version::FormatVersion;
 
 /// What became of a chunk that was to be written.
@@ -187,9 +187,10 @@ impl StreamWriter {
         let Some(room) = out.get_mut(..bytes) else { return Ok(Step::Needs { bytes }) };
         let wrong_length = WriteError::Length { record: kind.name, stated };
         let payload = chunk::payload_mut(room).ok_or(wrong_length)?;
-        record.encode(payload).map_err(|_| wrong_length)?;
-        // As its reader will: a state that cannot be restored must not come to be.
-        (kind.check)(payload).map_err(|why| WriteError::Field { record: kind.name, why })?;
+        record.encode(payload).map_err(|wrong| match wrong {
+            EncodeError::Length => wrong_length,
+            EncodeError::Field(why) => WriteError::Field { record: kind.name, why },
+        })?;
         if version < kind.newest()
             && let Some(field) = record::too_new(kind, version, payload)
         {

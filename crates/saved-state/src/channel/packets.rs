@@ -6,7 +6,7 @@ use crate::error::{FieldError, FieldProblem};
 use crate::kind::{KindInfo, SINCE_V1};
 use crate::limits::{MAX_CONTEXT_BYTES, MAX_OWN_STATE_BYTES};
 use crate::protobuf::{Counter, Message, Sink};
-use crate::record::{Decode, Encode, LengthMismatch, Record};
+use crate::record::{Decode, Encode, EncodeError, Record};
 use crate::schema::{Field, Fields, Found, Shape, Value};
 
 /// Where an outgoing packet was.
@@ -73,6 +73,20 @@ impl OutgoingPacketRecord<'_> {
     }
 }
 
+impl OutgoingPacketRecord<'_> {
+    /// Whether it is within the bounds of its fields.
+    #[inline]
+    fn check(&self) -> Result<(), FieldError> {
+        let message = match self.place {
+            Place::Queued { message, .. } => message,
+            Place::InRing { .. } => &[],
+        };
+        within(OUTGOING_FIELDS, 5, message)?;
+        within(OUTGOING_FIELDS, 6, self.extension)?;
+        within(OUTGOING_FIELDS, 7, self.driver_state)
+    }
+}
+
 impl Record for OutgoingPacketRecord<'_> {
     const KIND: &'static KindInfo = &KindInfo {
         kind: OUTGOING_PACKET,
@@ -93,10 +107,11 @@ impl Encode for OutgoingPacketRecord<'_> {
     }
 
     #[inline]
-    fn encode(&self, out: &mut [u8]) -> Result<(), LengthMismatch> {
+    fn encode(&self, out: &mut [u8]) -> Result<(), EncodeError> {
+        self.check().map_err(EncodeError::Field)?;
         let mut sink = Sink::new(out);
         self.put(&mut sink);
-        if sink.is_full() { Ok(()) } else { Err(LengthMismatch) }
+        if sink.is_full() { Ok(()) } else { Err(EncodeError::Length) }
     }
 }
 
@@ -233,6 +248,22 @@ impl IncomingPacketRecord<'_> {
     }
 }
 
+impl IncomingPacketRecord<'_> {
+    /// Whether it is within the bounds of its fields, and does not contradict itself.
+    #[inline]
+    fn check(&self) -> Result<(), FieldError> {
+        within(INCOMING_FIELDS, 6, self.payload)?;
+        within(INCOMING_FIELDS, 7, self.extension)?;
+        within(INCOMING_FIELDS, 9, self.client_context)?;
+        if let Fence::Finished { completion } = self.fence {
+            within(INCOMING_FIELDS, 10, completion)?;
+        }
+        within(INCOMING_FIELDS, 11, self.device_state)?;
+        let kept = self.refused_external_bytes == 0 || self.extension.is_empty();
+        absent(7, "extension", kept, "refused_external_bytes")
+    }
+}
+
 impl Record for IncomingPacketRecord<'_> {
     const KIND: &'static KindInfo = &KindInfo {
         kind: INCOMING_PACKET,
@@ -253,10 +284,11 @@ impl Encode for IncomingPacketRecord<'_> {
     }
 
     #[inline]
-    fn encode(&self, out: &mut [u8]) -> Result<(), LengthMismatch> {
+    fn encode(&self, out: &mut [u8]) -> Result<(), EncodeError> {
+        self.check().map_err(EncodeError::Field)?;
         let mut sink = Sink::new(out);
         self.put(&mut sink);
-        if sink.is_full() { Ok(()) } else { Err(LengthMismatch) }
+        if sink.is_full() { Ok(()) } else { Err(EncodeError::Length) }
     }
 }
 
@@ -309,6 +341,12 @@ impl<'a> Decode<'a> for IncomingPacketRecord<'a> {
         absent(7, "extension", kept, "refused_external_bytes")?;
         Ok(record)
     }
+}
+
+/// Refuses bytes beyond the bound of their field; numbers count from 1 in both tables.
+#[inline]
+fn within(table: &'static [Field], number: usize, bytes: &[u8]) -> Result<(), FieldError> {
+    table.get(number - 1).map_or(Ok(()), |field| field.holds(bytes))
 }
 
 /// Refuses a field that another one rules out.
