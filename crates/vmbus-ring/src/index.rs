@@ -54,7 +54,8 @@ pub struct ReadEnd<W> {
 
 impl<W: ControlWords> ReadEnd<W> {
     /// Goes on where the ring's read index says, masked: the writer does not signal until
-    /// [`Self::unmask_and_check`]. `size` is that of the data area in bytes.
+    /// [`Self::unmask_and_check`]. `size` is that of the data area in bytes: a multiple of 8, at
+    /// least 16.
     ///
     /// # Errors
     /// An index that is none.
@@ -153,7 +154,7 @@ impl<W: ControlWords> ReadEnd<W> {
         // Peers differ in whether reaching the size suffices or it must be exceeded, and some ask for
         // sizes that are no multiple of 8 or more than a ring ever has free. Signal on every reading.
         let low = (pending & !(ALIGNMENT - 1)).min(most);
-        let high = pending.checked_next_multiple_of(ALIGNMENT).unwrap_or(most).min(most);
+        let high = pending.checked_next_multiple_of(ALIGNMENT).unwrap_or(most);
         free_before <= high && low <= free_after
     }
 
@@ -168,7 +169,7 @@ impl<W: ControlWords> ReadEnd<W> {
     /// again.
     ///
     /// To be called with everything published; otherwise the ring does not look empty to the writer,
-    /// and the answer is true.
+    /// and the answer is true, with nothing changed.
     ///
     /// # Errors
     /// As [`Self::refresh`]; signals are then off.
@@ -203,7 +204,8 @@ pub struct WriteEnd<W> {
 }
 
 impl<W: ControlWords> WriteEnd<W> {
-    /// Goes on where the ring's write index says. `size` is that of the data area in bytes.
+    /// Goes on where the ring's write index says. `size` is that of the data area in bytes: a
+    /// multiple of 8, at least 16.
     ///
     /// # Errors
     /// An index that is none.

@@ -122,8 +122,8 @@ impl RingReader {
     }
 
     /// Asks the writer to signal and looks once more. False: nothing is there, and the next packet
-    /// brings a signal. True: there is more to read, or something read is not published yet; signals
-    /// are off.
+    /// brings a signal. True: there is more to read, and signals are off; or something read is not
+    /// published yet, and nothing has changed.
     ///
     /// # Errors
     /// An index that is none; signals are off.

@@ -108,6 +108,7 @@ impl RingWriter {
     ///
     /// # Errors
     /// [`PushError`]; the ring is as it was.
+    // Into every caller: where the number of parts is known, the loops over them dissolve.
     #[inline(always)]
     pub fn push(&mut self, packet: &OutgoingPacket<'_>) -> Result<(), PushError> {
         let frame = Frame::of(packet, self.end.position(), self.max_packet_bytes)?;

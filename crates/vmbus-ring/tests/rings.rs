@@ -669,6 +669,7 @@ fn space_is_asked_for_and_told(form: Form) {
     // What is written and not shown is not the reader's to free: it is asked for as well.
     while rig.push(200, &[0; 8]).is_ok() {}
     let free = rig.writer.free_cached();
+    assert_eq!(rig.writer.request_space(free), Ok(true), "no signal would come for these");
     assert_eq!(rig.writer.request_space(free + 8), Ok(false));
     let shown_free = word::<0xc>(&rig.raw) - 8;
     rig.pop().unwrap();
