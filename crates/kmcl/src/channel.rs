@@ -20,7 +20,6 @@ use crate::events::Mailbox;
 use crate::gpadl::Mappings;
 use crate::incoming::Level;
 use crate::lifecycle::{ChannelState, Event, Side};
-use crate::packet::Packet;
 use crate::pool::Body;
 use crate::receiver::{Receiver, Turn};
 use crate::send::SendBounds;
@@ -340,17 +339,6 @@ impl Channel {
     pub fn allocate_pages(&self, pages: u32) -> Result<PageRun, Error> {
         let link = lock(&self.shared.control).link.client("allocate_pages", self.state())?;
         link.allocate_pages(pages).map_err(Error::Bus)
-    }
-
-    /// An outgoing packet from the channel's pool, or `None` at the bound
-    /// ([`Limits::PACKETS`](crate::Limits::PACKETS)).
-    ///
-    /// Source: VmbPacketAllocate.
-    #[must_use]
-    pub fn packet_allocate(&self) -> Option<Packet> {
-        let size = self.shared.bounds.message_room();
-        let body = self.traffic().allocate_packet(size)?;
-        Some(Packet::new(body, self.clone()))
     }
 
     /// Outgoing packets queued for room in the ring, and in flight at the peer.

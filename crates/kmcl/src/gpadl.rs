@@ -73,8 +73,8 @@ impl Channel {
     /// Blocks: the bus must be driven by another thread meanwhile.
     ///
     /// # Errors
-    /// [`Error::State`] unless the channel is a client's and open; [`Error::Argument`] 4 for no
-    /// bytes; [`Error::Bus`] with what bus or server answered; [`Error::Removed`] where the channel
+    /// [`Error::State`] unless the channel is a client's and open; [`Error::Argument`] 2 for undefined
+    /// flags, 4 for no bytes; [`Error::Bus`] with what bus or server answered; [`Error::Removed`] where the channel
     /// went down meanwhile.
     ///
     /// Source: VmbChannelCreateGpadlFromBuffer.
@@ -111,8 +111,8 @@ impl Channel {
     /// follow.
     ///
     /// # Errors
-    /// As [`Self::create_gpadl_from_buffer`], and [`Error::Argument`] 5 or 6 where the ranges do not
-    /// reach so far.
+    /// As [`Self::create_gpadl_from_buffer`], and [`Error::Argument`] 3 for a malformed range, 4 or 5
+    /// where the ranges do not reach so far.
     ///
     /// Source: VmbChannelCreateGpadlFromMdl.
     pub fn create_gpadl_from_mdl(
@@ -122,7 +122,9 @@ impl Channel {
         offset: u32,
         length: u32,
     ) -> Result<u32, Error> {
-        let ranges = clip(ranges, offset, length, false)?
+        let names = ["Mdl", "StartOffsetWithinMdl", "DataLengthWithinMdl"];
+        let ranges = clip(ranges, offset, length, false)
+            .map_err(|error| error.at(3, names))?
             .map(|range| PageRange {
                 byte_count: range.byte_count,
                 byte_offset: range.byte_offset,
@@ -133,20 +135,28 @@ impl Channel {
     }
 
     fn create_gpadl(&self, flags: GpadlFlags, ranges: Vec<PageRange>) -> Result<u32, Error> {
+        check(flags)?;
         let link = self.client_link("create_gpadl")?;
         let pages = GpadlPages { ranges, read_only: flags.contains(GpadlFlags::READ_ONLY) };
         let handle = link.create_gpadl(pages).map_err(Error::Bus)?;
+        // From here on it is undone when the channel closes.
+        lock(&self.shared.mappings).handles.insert(handle);
         let created = |answer: &GpadlAnswer| match answer {
             GpadlAnswer::Created { gpadl, .. } => *gpadl == handle,
             GpadlAnswer::TornDown { .. } => false,
         };
         match self.await_answer(created) {
-            Some(GpadlAnswer::Created { status, .. }) if status.is_success() => {
-                lock(&self.shared.mappings).handles.insert(handle);
-                Ok(handle)
+            Some(GpadlAnswer::Created { status, .. }) if status.is_success() => Ok(handle),
+            Some(GpadlAnswer::Created { status, .. }) => {
+                lock(&self.shared.mappings).handles.remove(&handle);
+                Err(Error::Bus(status))
             }
-            Some(GpadlAnswer::Created { status, .. }) => Err(Error::Bus(status)),
-            _ => Err(Error::Removed { state: self.state() }),
+            _ => {
+                if lock(&self.shared.mappings).handles.remove(&handle) {
+                    link.teardown_gpadl(handle);
+                }
+                Err(Error::Removed { state: self.state() })
+            }
         }
     }
 
@@ -169,12 +179,14 @@ impl Channel {
     /// unmap.
     ///
     /// # Errors
-    /// D-57: [`Error::State`] unless the channel is a server's and open; [`Error::AlreadyMapped`];
+    /// D-57: [`Error::State`] unless the channel is a server's and open; [`Error::Argument`] 2 for
+    /// undefined flags; [`Error::AlreadyMapped`];
     /// [`Error::ReadOnly`] for write access to one created read-only; [`Error::Bus`] with
     /// STATUS_INVALID_PARAMETER_3 for an unknown handle; [`Error::NotMemory`].
     ///
     /// Source: VmbChannelMapGpadl.
     pub fn map_gpadl(&self, flags: GpadlFlags, gpadl: u32) -> Result<GpadlMapping, Error> {
+        check(flags)?;
         let link = self.server_link("map_gpadl")?;
         let state = Error::State { function: "map_gpadl", state: self.state() };
         let memory = self.memory().ok_or(state)?;
@@ -237,6 +249,14 @@ impl Channel {
             self.drive_unless_driven();
             self.shared.mailbox.wait(seen, None);
         }
+    }
+}
+
+fn check(flags: GpadlFlags) -> Result<(), Error> {
+    let value = u64::from(flags.bits());
+    match flags.difference(GpadlFlags::all()).is_empty() {
+        true => Ok(()),
+        false => Err(Error::Argument { position: 2, name: "Flags", value }),
     }
 }
 

@@ -83,7 +83,7 @@ impl IncomingPacket {
     /// completed, and a second call gives the same (D-43).
     ///
     /// # Errors
-    /// [`Error::Argument`] without external data (D-43); [`Error::TooMuchExternalData`] beyond what
+    /// [`Error::Argument`] 1 without external data (D-43), 2 for undefined flags; [`Error::TooMuchExternalData`] beyond what
     /// the channel was set up for (D-40); [`Error::NotMemory`] for pages that are not RAM;
     /// [`Error::Pending`] while memory is brought in: call [`Self::redeliver`] then.
     ///
@@ -99,6 +99,10 @@ impl IncomingPacket {
                 return Err(Error::TooMuchExternalData { bytes, limit: body.external_limit() });
             }
             External::NotMemory { gpa, len } => return Err(Error::NotMemory { gpa, len }),
+        }
+        if !ExternalDataFlags::all().contains(flags) {
+            let value = u64::from(flags.bits());
+            return Err(Error::Argument { position: 2, name: "Flags", value });
         }
         let ranges = body.ranges().ok_or(no_data)?;
         let data = ExternalData::new(body.memory(), ranges, flags);

@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 
 use crate::callbacks::PacketCompletion;
 use crate::channel::Channel;
-use crate::error::SendError;
+use crate::error::{Error, SendError};
 use crate::flags::SendFlags;
 
 /// One outgoing packet, owned by whoever may use it: the driver, until a send; the channel, while it
@@ -44,6 +44,8 @@ pub(crate) struct PacketBody {
     pub(crate) transaction: bool,
     /// Tells apart the packets of synchronous requests; 0 on others.
     pub(crate) tag: u64,
+    /// One of the channel's pool, and counted there.
+    pub(crate) pooled: bool,
     /// The message, while the packet waits for room in the ring.
     message: Vec<u8>,
     /// The description of external data as it goes into the ring, in little-endian words; empty
@@ -58,6 +60,7 @@ impl PacketBody {
             pointer: 0,
             transaction: false,
             tag: 0,
+            pooled: true,
             message: Vec::with_capacity(message_size as usize),
             extension: Vec::new(),
         }
@@ -129,6 +132,46 @@ impl PacketBody {
 
     pub(crate) fn set_routine(&mut self, routine: Option<Arc<dyn PacketCompletion>>) {
         self.routine = routine;
+    }
+}
+
+impl Channel {
+    /// An outgoing packet from the channel's pool, or `None` at the bound
+    /// ([`Limits::PACKETS`](crate::Limits::PACKETS)).
+    ///
+    /// Source: VmbPacketAllocate.
+    #[must_use]
+    pub fn packet_allocate(&self) -> Option<Packet> {
+        let size = self.shared.bounds.message_room();
+        let body = self.traffic().allocate_packet(size)?;
+        Some(Packet::new(body, self.clone()))
+    }
+
+    /// Bytes that a packet object of this channel takes, with room for its largest message.
+    ///
+    /// Source: VmbChannelSizeofPacket; D-37.
+    #[must_use]
+    pub fn sizeof_packet(&self) -> u32 {
+        let object = u32::try_from(size_of::<PacketBody>()).unwrap_or(u32::MAX);
+        object.saturating_add(self.shared.bounds.message_room())
+    }
+
+    /// An outgoing packet apart from the channel's pool and its bound: for a driver that keeps the
+    /// count of its packets itself. `byte_count` is what it has set aside for the packet; the memory
+    /// is given back when the packet is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] 3 for fewer bytes than [`Self::sizeof_packet`].
+    ///
+    /// Source: VmbPacketInitialize; D-37, D-50.
+    pub fn packet_initialize(&self, byte_count: u32) -> Result<Packet, Error> {
+        if byte_count < self.sizeof_packet() {
+            let value = u64::from(byte_count);
+            return Err(Error::Argument { position: 3, name: "ByteCount", value });
+        }
+        let mut body = Box::new(PacketBody::new(self.shared.bounds.message_room()));
+        body.pooled = false;
+        Ok(Packet::new(body, self.clone()))
     }
 }
 

@@ -99,7 +99,10 @@ impl Channel {
         let forced = flags.contains(SendFlags::FORCE_MDL_LENGTH);
         let sent = match clip(ranges, offset, length, forced) {
             Ok(clipped) => self.put(packet, message, clipped, flags, FLAGS),
-            Err(error) => return Err(SendError { packet, error }),
+            Err(error) => {
+                let error = error.at(4, ["ExternalDataMdl", "MdlOffset", "MdlLength"]);
+                return Err(SendError { packet, error });
+            }
         };
         self.publish();
         self.end_if_done(sent)

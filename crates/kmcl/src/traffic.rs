@@ -396,6 +396,9 @@ impl Traffic {
     /// Takes an idle packet object back. A few are kept, the rest given up.
     pub(crate) fn free_packet(&mut self, mut packet: Box<PacketBody>) {
         const KEPT: usize = 1024;
+        if !packet.pooled {
+            return;
+        }
         if self.free_packets.len() < KEPT {
             packet.reset();
             self.free_packets.push(packet);
