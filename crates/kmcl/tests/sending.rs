@@ -176,7 +176,7 @@ fn each_misuse_is_refused_with_its_status() {
     let m = b"12345678".as_slice();
     let by = NtStatus::invalid_parameter;
     type Send<'a> = &'a dyn Fn(kmcl::Packet) -> Result<(), kmcl::SendError>;
-    let rows: [(&str, Send<'_>, NtStatus); 20] = [
+    let rows: [(&str, Send<'_>, NtStatus); 21] = [
         ("long message", &|p| p.send(&long, None, NONE), by(3)),
         ("long message, Mdl", &|p| p.send_with_external_mdl(&long, &good, 0, 0, WAIT), by(3)),
         ("long message, Pfns", &|p| p.send_with_external_pfns(&long, &[1], WAIT), by(3)),
@@ -195,6 +195,11 @@ fn each_misuse_is_refused_with_its_status() {
         ("page beyond memory", &|p| p.send(m, Some(&page(8, 0, &[1 << 60])), WAIT), by(4)),
         ("offset behind the end", &|p| p.send_with_external_mdl(m, &good, 4096, 0, WAIT), by(5)),
         ("length behind the end", &|p| p.send_with_external_mdl(m, &good, 0, 4097, WAIT), by(6)),
+        (
+            "page missing, Mdl",
+            &|p| p.send_with_external_mdl(m, &page(4097, 0, &[1]), 0, 0, WAIT),
+            by(4),
+        ),
         ("no range, Mdl", &|p| p.send_with_external_mdl(m, &[], 0, 0, WAIT), by(5)),
         (
             "length forced behind the page",
@@ -313,10 +318,9 @@ fn packets_wait_for_the_opening() {
     pair.server.enable().unwrap();
     pair.server.start();
     for round in 0..2 {
-        let ended = |n: usize| (n, NtStatus::SUCCESS, vec![]);
+        let ended = |n: u8| (usize::from(n), NtStatus::SUCCESS, vec![]);
         for n in 0..40 {
-            let message = [n as u8; 2000];
-            packet(&pair.server, n, &answers).send(&message, None, NONE).unwrap();
+            packet(&pair.server, n.into(), &answers).send(&[n; 2000], None, NONE).unwrap();
         }
         assert_eq!(pair.server.outgoing_in_use(), (40, 0), "round {round}");
         pair.pump();
@@ -549,15 +553,13 @@ fn a_pipe_keeps_exact_lengths_of_queued_messages() {
             channel.init_set_flags(ChannelFlags::IS_PIPE).unwrap();
         }
     });
-    let lengths: Vec<usize> = (0..40).map(|n| 997 + 3 * n).collect();
-    for &len in &lengths {
-        let packet = pair.client.packet_allocate().unwrap();
-        packet.send(&vec![len as u8; len], None, NONE).unwrap();
+    let messages: Vec<_> = (0..40_u8).map(|n| vec![n; 997 + 3 * usize::from(n)]).collect();
+    for message in &messages {
+        pair.client.packet_allocate().unwrap().send(message, None, NONE).unwrap();
     }
     assert_ne!(pair.client.outgoing_in_use().0, 0);
     pair.pump();
-    let expected: Vec<_> = lengths.iter().map(|&len| vec![len as u8; len]).collect();
-    assert_eq!(pair.device.take_packets(), expected);
+    assert_eq!(pair.device.take_packets(), messages);
     pair.close();
 }
 

@@ -399,10 +399,14 @@ struct Bell {
     rung: Mutex<bool>,
     over: AtomicBool,
     changed: Condvar,
+    also: Mutex<Option<Waker>>,
 }
 
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
+        if let Some(also) = &*lock(&self.also) {
+            also.wake_by_ref();
+        }
         *lock(&self.rung) = true;
         self.changed.notify_all();
     }
@@ -410,7 +414,16 @@ impl Wake for Bell {
 
 impl Driver {
     pub(crate) fn spawn(channel: &Channel) -> Self {
-        let bell = Arc::new(Bell::default());
+        Self::spawn_bell(channel, Arc::default())
+    }
+
+    /// As [`Self::spawn`]; `also` is woken on the stack of whoever wakes the driver.
+    pub(crate) fn spawn_with(channel: &Channel, also: Waker) -> Self {
+        let bell = Bell { also: Mutex::new(Some(also)), ..Bell::default() };
+        Self::spawn_bell(channel, Arc::new(bell))
+    }
+
+    fn spawn_bell(channel: &Channel, bell: Arc<Bell>) -> Self {
         channel.set_waker(Waker::from(Arc::clone(&bell)));
         let thread = std::thread::spawn({
             let (channel, bell) = (channel.clone(), Arc::clone(&bell));

@@ -13,7 +13,7 @@ use kmcl::{Guid, NtStatus};
 use vmbus_ring::{ControlWords, OutgoingPacket, RingReader, RingWriter, Word};
 use vmbus_wire::packet::PacketKind;
 
-use super::{INSTANCE, lock};
+use super::{INSTANCE, lock, until};
 
 /// What a channel has told its bus.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -124,6 +124,12 @@ impl RawBus {
     /// What the channel said since the last look.
     pub(crate) fn take_said(&self) -> Vec<Said> {
         std::mem::take(&mut lock(&self.state).said)
+    }
+
+    /// Waits until the channel, on another thread, has said something.
+    pub(crate) fn wait_said(&self) -> Vec<Said> {
+        until("the channel says something", || !lock(&self.state).said.is_empty());
+        self.take_said()
     }
 
     pub(crate) fn offer_made(&self) -> Offer {
