@@ -20,6 +20,55 @@
 //! | [`channel`], [`storage`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
+//! # A stream there and back
+//!
+//! ```
+//! use saved_state::channel::{ChannelRecord, PAUSED_KINDS, Side};
+//! use saved_state::text::Producer;
+//! use saved_state::*;
+//! use vmbus_wire::guid::Guid;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (interface_type, interface_instance) = (Guid::from_u128(1), Guid::from_u128(2));
+//! let info = StreamInfo {
+//!     stream: StreamKind::CHANNEL,
+//!     flags: HeaderFlags::default(),
+//!     interface_type,
+//!     interface_instance,
+//!     producer: Producer::new("example 1.0")?,
+//!     chunks: 3,
+//!     bytes: 0, // not known yet
+//!     items: 0,
+//! };
+//! let channel = ChannelRecord { side: Side::Server.into(), started: true, ..Default::default() };
+//!
+//! let mut writer = StreamWriter::new(FormatVersion::NEWEST, info, PAUSED_KINDS)?;
+//! let mut buffer = [0; 4096];
+//! let mut filled = 0;
+//! while !writer.is_ended() {
+//!     let room = &mut buffer[filled..];
+//!     let step = match writer.chunks() {
+//!         0 => writer.header(room)?,
+//!         1 => writer.record(&channel, room)?,
+//!         _ => writer.end(room)?,
+//!     };
+//!     match step {
+//!         Step::Written { bytes } => filled += bytes,
+//!         Step::Needs { bytes } => return Err(format!("no room for {bytes} bytes").into()),
+//!     }
+//! }
+//!
+//! let reader = StreamReader::new(StreamKind::CHANNEL, channel::KINDS);
+//! let mut reader = reader.of_interface(interface_type, interface_instance);
+//! let mut input = &buffer[..filled];
+//! while let Some(chunk) = reader.read(&mut input)? {
+//!     assert_eq!(chunk.decode::<ChannelRecord>()?, channel);
+//! }
+//! reader.finish()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What holds, whatever the bytes
 //!
 //! - **A chunk is checked whole before anything in it is used**: length against the bytes given, then
