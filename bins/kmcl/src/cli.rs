@@ -61,7 +61,7 @@ pub(crate) struct Demo {
     /// How much of a large disk is overwritten, in pieces spread over all of it
     #[arg(long, value_name = "SIZE", default_value = "1G")]
     pub(crate) write_limit: Size,
-    /// Directory for the copy, with room for it [default: the directory for temporary files]
+    /// Directory for the copy, with room for it (default: the directory for temporary files)
     #[arg(long, value_name = "DIR")]
     pub(crate) work_dir: Option<PathBuf>,
     #[command(flatten)]
@@ -74,7 +74,7 @@ pub(crate) const MAX_DEPTH: i64 = 256;
 /// How a server reads and writes image files.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct BackEndArgs {
-    /// Threads that drive channels [default: one per two processors]
+    /// Threads that drive channels (default: one per two processors)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: Option<u16>,
     /// How image files are read and written
@@ -111,8 +111,8 @@ impl BackEnd {
 #[derive(Args, Debug)]
 #[command(after_help = Exit::table())]
 pub(crate) struct Serve {
-    /// An image to serve, with options: FILE[,ro][,cache=direct|buffered][,sector=512|4096]; may be
-    /// repeated
+    /// An image to serve: a file, then options (ro, cache=direct|buffered, sector=512|4096) after
+    /// commas; may be repeated
     ///
     /// The first one is LUN 0, the next one LUN 1, and so on. `ro` refuses writes. `cache=direct`, the
     /// default, passes the page cache of this machine by where the file allows it; `cache=buffered`
@@ -231,7 +231,7 @@ pub(crate) struct Read {
     /// First byte to read
     #[arg(long, value_name = "SIZE", default_value = "0")]
     pub(crate) offset: Size,
-    /// How much to read [default: up to the end of the disk]
+    /// How much to read (default: up to the end of the disk)
     #[arg(long, value_name = "SIZE")]
     pub(crate) length: Option<Size>,
     /// The file to make, or - for standard output
@@ -248,7 +248,7 @@ pub(crate) struct Write {
     /// First byte to write; a multiple of the disk's block size
     #[arg(long, value_name = "SIZE", default_value = "0")]
     pub(crate) offset: Size,
-    /// How much to write [default: all of the input]
+    /// How much to write (default: all of the input)
     #[arg(long, value_name = "SIZE")]
     pub(crate) length: Option<Size>,
     /// The file to write, or - for standard input
@@ -268,7 +268,7 @@ pub(crate) struct Verify {
     /// First byte of the disk to compare; the file is read from its beginning
     #[arg(long, value_name = "SIZE", default_value = "0")]
     pub(crate) offset: Size,
-    /// How much to compare [default: all of the file]
+    /// How much to compare (default: all of the file)
     #[arg(long, value_name = "SIZE")]
     pub(crate) length: Option<Size>,
 }

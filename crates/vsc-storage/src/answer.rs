@@ -4,6 +4,7 @@ use kmcl::NtStatus;
 use vstor_wire::packet::{Operation, PacketForm, VstorPacket};
 use vstor_wire::scsi::sense::SenseData;
 use vstor_wire::srb::{ScsiAddress, ScsiRequest, ScsiStatus, SrbStatus};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::error::{AnswerError, Error, ScsiError};
 
@@ -16,12 +17,38 @@ pub(crate) enum Asked {
     Operation(Operation),
 }
 
+/// An answer: as many bytes of the peer's as any has, and how many of them came. In the compact form
+/// the rest is zeros.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Payload {
+    packet: VstorPacket,
+    len: usize,
+}
+
+impl Payload {
+    /// A private copy of what the ring brought.
+    pub(crate) fn new(payload: &[u8]) -> Self {
+        let packet = match VstorPacket::read_from_prefix(payload) {
+            Ok((packet, _)) => packet,
+            Err(_) => {
+                let mut packet = VstorPacket::new_zeroed();
+                for (to, from) in packet.as_mut_bytes().iter_mut().zip(payload) {
+                    *to = *from;
+                }
+                packet
+            }
+        };
+        Self { packet, len: payload.len() }
+    }
+}
+
 /// The vstor packet in `payload`, the data of a completion: at least one packet of `form` long, as
 /// the ring pads to 8 bytes and later versions may add to it.
-pub(crate) fn read(payload: &[u8], form: PacketForm) -> Result<VstorPacket, AnswerError> {
-    let short = AnswerError::Length { got: payload.len(), needed: form.bytes() };
-    let bytes = payload.get(..form.bytes()).ok_or(short)?;
-    let (packet, _) = VstorPacket::parse(bytes).map_err(|_| short)?;
+pub(crate) fn read(payload: &Payload, form: PacketForm) -> Result<&VstorPacket, AnswerError> {
+    let Payload { packet, len } = payload;
+    if *len < form.bytes() {
+        return Err(AnswerError::Length { got: *len, needed: form.bytes() });
+    }
     match packet.operation {
         Operation::COMPLETE_IO => Ok(packet),
         operation => Err(AnswerError::Operation { operation }),
@@ -184,12 +211,17 @@ mod tests {
             (&bytes[..40], PacketForm::Compact, Err(AnswerError::Length { got: 40, needed: 48 })),
             (&[], PacketForm::Full, Err(AnswerError::Length { got: 0, needed: 64 })),
         ] {
-            assert_eq!(read(payload, form).map(|_| ()), expected, "{} bytes", payload.len());
+            assert_eq!(
+                read(&Payload::new(payload), form).map(|_| ()),
+                expected,
+                "{} bytes",
+                payload.len()
+            );
         }
         let mut other = bytes;
         other[0] = 11;
         assert_eq!(
-            read(&other, PacketForm::Full),
+            read(&Payload::new(&other), PacketForm::Full),
             Err(AnswerError::Operation { operation: Operation::ENUMERATE_BUS })
         );
     }
@@ -204,8 +236,8 @@ mod tests {
             if fix_operation && payload.len() >= 4 {
                 payload[..4].copy_from_slice(&[1, 0, 0, 0]);
             }
-            if let Ok(packet) = read(&payload, PacketForm::Full)
-                && let Ok(moved) = judge(READ, &packet)
+            if let Ok(packet) = read(&Payload::new(&payload), PacketForm::Full)
+                && let Ok(moved) = judge(READ, packet)
             {
                 prop_assert!(moved <= 4096);
             }

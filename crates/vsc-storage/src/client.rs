@@ -267,12 +267,18 @@ impl StorageClient {
         if let Phase::Failed(error) = self.phase {
             return Err(error);
         }
-        let mut more = false;
+        let (mut more, mut checked) = (false, Ok(()));
         for channel in &self.channels {
-            more |= channel.process(BUDGET).more;
+            let progress = channel.process(BUDGET);
+            more |= progress.more || progress.packets != 0;
+            // A channel that brings packets is alive. One that has stopped or gone brings none, and is
+            // found out in the next turn, which `more` asks for.
+            if progress.packets == 0 && checked.is_ok() {
+                checked = self.check(channel);
+            }
         }
         self.requests.collect();
-        match self.check_channels().and_then(|()| self.advance()) {
+        match checked.and_then(|()| self.advance()) {
             Ok(advanced) => Ok(more || advanced),
             Err(error) => {
                 self.fail(error);
@@ -350,18 +356,13 @@ impl StorageClient {
         }
     }
 
-    /// Looks for a channel that was closed under us, or stopped.
-    fn check_channels(&self) -> Result<(), Error> {
-        for channel in &self.channels {
-            if let Some(reason) = channel.stop_reason() {
-                return Err(reason.into());
-            }
-            if channel.state() == ChannelState::Disabled {
-                return Err(self
-                    .inbox
-                    .connect_failure()
-                    .map_or(Error::Disconnected, Error::Connect));
-            }
+    /// Whether a channel was closed under us, or stopped.
+    fn check(&self, channel: &Channel) -> Result<(), Error> {
+        if let Some(reason) = channel.stop_reason() {
+            return Err(reason.into());
+        }
+        if channel.state() == ChannelState::Disabled {
+            return Err(self.inbox.connect_failure().map_or(Error::Disconnected, Error::Connect));
         }
         Ok(())
     }

@@ -6,23 +6,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use kmcl::{
     Channel, IncomingPacket, NtStatus, Packet, PacketCompletion, PnpFailure, ProcessPacket,
 };
-use vstor_wire::packet::MAX_PACKET_BYTES;
 
+use crate::answer::Payload;
 use crate::notice::{Notice, Notices};
 
 /// A packet that has ended, with its answer.
 pub(crate) struct Ended {
     pub(crate) packet: Packet,
     pub(crate) status: NtStatus,
-    answer: [u8; MAX_PACKET_BYTES],
-    answer_len: usize,
-}
-
-impl Ended {
-    /// The answer's bytes, as far as the protocol gives them a meaning.
-    pub(crate) fn answer(&self) -> &[u8] {
-        self.answer.get(..self.answer_len).unwrap_or_default()
-    }
+    pub(crate) answer: Payload,
 }
 
 #[derive(Default)]
@@ -77,12 +69,7 @@ impl Inbox {
 
 impl PacketCompletion for Inbox {
     fn completed(&self, packet: Packet, status: NtStatus, payload: &[u8]) {
-        let mut ended = Ended { packet, status, answer: [0; MAX_PACKET_BYTES], answer_len: 0 };
-        let len = payload.len().min(MAX_PACKET_BYTES);
-        if let (Some(to), Some(from)) = (ended.answer.get_mut(..len), payload.get(..len)) {
-            to.copy_from_slice(from);
-            ended.answer_len = len;
-        }
+        let ended = Ended { packet, status, answer: Payload::new(payload) };
         let mut contents = self.lock();
         if !contents.closed {
             contents.ended.push(ended);

@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use kmcl::{Batch, Channel, NtStatus, Packet, SendFlags};
-use vmbus_wire::ranges::GpaRange;
 use vstor_wire::packet::{Operation, PacketForm, VstorPacket};
 use vstor_wire::srb::{DataDirection, ScsiRequest};
 
@@ -14,7 +13,7 @@ use crate::buffer::Buffer;
 use crate::config::{MAX_QUEUE_DEPTH, MAX_SUB_CHANNELS};
 use crate::error::Error;
 use crate::inbox::{Ended, Inbox};
-use crate::request::{Completion, Request, SubmitError};
+use crate::request::{Completion, Request, SubmitError, Transfer};
 use crate::table::{Table, Ticket};
 
 /// Slots beside those for the queue depth: for the initialisation and resets, one at a time, and for
@@ -39,6 +38,12 @@ struct Pending {
     buffer: Option<Buffer>,
     /// Index of its channel.
     link: u16,
+}
+
+impl Pending {
+    fn new(owner: Owner, asked: Asked, buffer: Option<Buffer>, link: usize) -> Self {
+        Self { owner, asked, buffer, link: u16::try_from(link).unwrap_or(u16::MAX) }
+    }
 }
 
 /// The end of a request that a blocking call waits for.
@@ -145,28 +150,36 @@ impl Requests {
         if let Err(error) = self.check(&request) {
             return Err(SubmitError { request, error });
         }
+        let packet = match self.take_packet(channel, link) {
+            Ok(packet) => packet,
+            Err(error) => return Err(SubmitError { request, error }),
+        };
         let Request { address, cdb, data, token } = request;
-        let direction = data.as_ref().map_or(DataDirection::None, |data| data.direction);
-        let bytes = data.as_ref().map_or(0, |data| data.bytes);
+        let (direction, buffer, span) = match data {
+            Some(data) => (data.direction, Some(data.buffer), (data.offset, data.bytes)),
+            None => (DataDirection::None, None, (0, 0)),
+        };
+        let (offset, bytes) = span;
         let mut srb = ScsiRequest::new(address, &cdb, direction, bytes);
         srb.length = self.form.srb_bytes().into();
         let message = VstorPacket::request(Operation::EXECUTE_SRB).with_body(&srb);
         let opcode = cdb.as_bytes().first().copied().unwrap_or_default();
         let asked = Asked::Command { address, opcode, bytes };
-        let sent = self.take_packet(channel, link).and_then(|packet| {
-            let external =
-                data.as_ref().and_then(|data| data.buffer.range(data.offset, data.bytes));
-            self.launch(batch, packet, link, owner, asked, &message, external)
-        });
-        match sent {
-            Ok(ticket) => {
-                if let (Some(pending), Some(data)) = (self.table.get_mut(ticket), data) {
-                    pending.buffer = Some(data.buffer);
-                }
+        match self.launch(
+            batch,
+            packet,
+            link,
+            Pending::new(owner, asked, buffer, link),
+            &message,
+            span,
+        ) {
+            Ok(()) => {
                 self.commands += 1;
                 Ok(())
             }
-            Err(error) => {
+            Err((pending, error)) => {
+                let transfer = |buffer| Transfer { direction, buffer, offset, bytes };
+                let data = pending.buffer.map(transfer);
                 Err(SubmitError { request: Request { address, cdb, data, token }, error })
             }
         }
@@ -197,9 +210,10 @@ impl Requests {
         message: &VstorPacket,
     ) -> Result<(), Error> {
         let packet = self.take_packet(channel, link)?;
-        let asked = Asked::Operation(message.operation);
+        let pending = Pending::new(owner, Asked::Operation(message.operation), None, link);
         let mut batch = channel.batch();
-        self.launch(&mut batch, packet, link, owner, asked, message, None).map(|_| ())
+        let launched = self.launch(&mut batch, packet, link, pending, message, (0, 0));
+        launched.map_err(|(_, error)| error)
     }
 
     fn take_packet(&mut self, channel: &Channel, link: usize) -> Result<Packet, Error> {
@@ -217,38 +231,40 @@ impl Requests {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "private, and called from two places")]
+    /// Sends `message` in `packet`, with `span` of the buffer (offset and bytes) where there is one.
     fn launch(
         &mut self,
         batch: &mut Batch<'_>,
         mut packet: Packet,
         link: usize,
-        owner: Owner,
-        asked: Asked,
+        pending: Pending,
         message: &VstorPacket,
-        external: Option<GpaRange<'_>>,
-    ) -> Result<Ticket, Error> {
-        let lane = u16::try_from(link).unwrap_or(u16::MAX);
-        let pending = Pending { owner, asked, buffer: None, link: lane };
-        let Ok(ticket) = self.table.insert(pending) else {
-            self.put_packet(link, packet);
-            return Err(Error::QueueFull { depth: self.depth });
+        (offset, bytes): (u32, u32),
+    ) -> Result<(), (Pending, Error)> {
+        let ticket = match self.table.insert(pending) {
+            Ok(ticket) => ticket,
+            Err(pending) => {
+                self.put_packet(link, packet);
+                return Err((pending, Error::QueueFull { depth: self.depth }));
+            }
         };
         packet.set_pointer(ticket.to_word());
-        let message = message.bytes(self.form);
-        let flags = SendFlags::WAIT_FOR_COMPLETION;
-        match batch.send(packet, message, external.as_ref().map(std::slice::from_ref), flags) {
-            Ok(()) => {
-                if let Some(lane) = self.lanes.get_mut(link) {
-                    lane.in_flight += 1;
-                }
-                Ok(ticket)
+        // The buffer is in the table already: nothing is left to do once the packet is sent.
+        let buffer = self.table.get(ticket).and_then(|pending| pending.buffer.as_ref());
+        let external = buffer.and_then(|buffer| buffer.range(offset, bytes));
+        let external = external.as_ref().map(std::slice::from_ref);
+        let sent =
+            batch.send(packet, message.bytes(self.form), external, SendFlags::WAIT_FOR_COMPLETION);
+        let Err(refused) = sent else {
+            if let Some(lane) = self.lanes.get_mut(link) {
+                lane.in_flight += 1;
             }
-            Err(refused) => {
-                self.table.take(ticket);
-                self.put_packet(link, refused.packet);
-                Err(refused.error.into())
-            }
+            return Ok(());
+        };
+        self.put_packet(link, refused.packet);
+        match self.table.take(ticket) {
+            Some(pending) => Err((pending, refused.error.into())),
+            None => Ok(()), // it was put there a moment ago
         }
     }
 
@@ -266,16 +282,17 @@ impl Requests {
         let Some(pending) = self.table.take(Ticket::from_word(end.packet.pointer())) else {
             return; // ended before, when the client gave up on its channels
         };
-        let answer = match end.status {
-            NtStatus::SUCCESS => answer::read(end.answer(), self.form).map_err(Error::from),
+        let Ended { packet, status, answer } = end;
+        self.put_packet(usize::from(pending.link), packet);
+        let answer = match status {
+            NtStatus::SUCCESS => answer::read(&answer, self.form).map_err(Error::from),
             _ => Err(self.failure),
         };
-        self.put_packet(usize::from(pending.link), end.packet);
         self.finish(pending, answer);
     }
 
     /// Tells the owner of `pending` that it has ended with `answer`.
-    fn finish(&mut self, pending: Pending, answer: Result<VstorPacket, Error>) {
+    fn finish(&mut self, pending: Pending, answer: Result<&VstorPacket, Error>) {
         let Pending { owner, asked, buffer, link } = pending;
         if let Some(lane) = self.lanes.get_mut(usize::from(link)) {
             lane.in_flight = lane.in_flight.saturating_sub(1);
@@ -285,8 +302,8 @@ impl Requests {
         if matches!((owner, asked), (Owner::Call { .. }, Asked::Command { .. })) {
             self.commands = self.commands.saturating_sub(1);
         }
-        let result = |answer: Result<VstorPacket, Error>| {
-            answer.and_then(|packet| answer::judge(asked, &packet))
+        let result = |answer: Result<&VstorPacket, Error>| {
+            answer.and_then(|packet| answer::judge(asked, packet))
         };
         match owner {
             Owner::User { token } => {
@@ -296,7 +313,7 @@ impl Requests {
                 self.call_ends.push_back(CallEnd { index, buffer, result: result(answer) });
             }
             Owner::Call { .. } => {} // nobody waits for it any more; its buffer is free now
-            Owner::Handshake => self.handshake_answer = Some(answer),
+            Owner::Handshake => self.handshake_answer = Some(answer.copied()),
         }
     }
 

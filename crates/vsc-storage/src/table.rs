@@ -64,9 +64,9 @@ impl<T> Table<T> {
     }
 
     /// What `ticket` names.
-    pub(crate) fn get_mut(&mut self, ticket: Ticket) -> Option<&mut T> {
-        let slot = self.slots.get_mut(usize::from(ticket.slot))?;
-        slot.value.as_mut().filter(|_| slot.uses == ticket.uses)
+    pub(crate) fn get(&self, ticket: Ticket) -> Option<&T> {
+        let slot = self.slots.get(usize::from(ticket.slot))?;
+        slot.value.as_ref().filter(|_| slot.uses == ticket.uses)
     }
 
     /// Takes any value, as long as there is one.
