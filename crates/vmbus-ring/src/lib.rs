@@ -22,6 +22,47 @@
 //! at each fence what both sides do. They are generic over the control words, so that the loom
 //! models in `tests/loom.rs` run this code and no imitation of it.
 
+//! # Example
+//!
+//! Both ends in one thread; the second of two packets finds the reader awake.
+//!
+//! ```
+//! use vmbus_memory::{GuestMemory, MappingBudget, RingPages};
+//! use vmbus_ring::{OutgoingPacket, RingReader, RingWriter, initialize};
+//! use vmbus_wire::packet::PacketKind;
+//!
+//! let memory = GuestMemory::memfd(16 * 4096)?;
+//! let budget = MappingBudget::default();
+//! // Page 3 is the control page; the data are pages 5 and 4, in this order.
+//! let pages = || RingPages::map(&memory, &[3, 5, 4], &budget);
+//! initialize(&pages()?);
+//! let (mut writer, mut reader) = (RingWriter::new(pages()?)?, RingReader::new(pages()?)?);
+//!
+//! assert!(!reader.unmask_and_check()?); // nothing there: the reader may sleep
+//! for (id, payload) in [(1, b"hello"), (2, b"world")] {
+//!     writer.push(&OutgoingPacket {
+//!         kind: PacketKind::InBand,
+//!         wants_completion: false,
+//!         transaction_id: id,
+//!         extension: &[],
+//!         payload: &[payload],
+//!     })?;
+//!     assert_eq!(writer.publish(), id == 1); // only the first packet needs a signal
+//! }
+//!
+//! reader.mask(); // awake
+//! let mut received = Vec::new();
+//! while let Some(packet) = reader.peek()? {
+//!     let mut payload = [0; 8]; // padded to a multiple of 8
+//!     packet.copy_payload(&mut payload);
+//!     received.push((packet.transaction_id, payload));
+//!     reader.advance();
+//! }
+//! assert!(!reader.publish()); // the writer waits for no space
+//! assert_eq!(received, [(1, *b"hello\0\0\0"), (2, *b"world\0\0\0")]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
 #![forbid(unsafe_code)]
 
 mod error;

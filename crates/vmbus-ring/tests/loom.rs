@@ -12,6 +12,7 @@
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may stop at a surprise")]
 #![allow(clippy::cast_possible_truncation, reason = "small test values")]
+#![allow(clippy::arc_with_non_send_sync, reason = "loom's threads take turns on one of ours")]
 
 use loom::cell::UnsafeCell;
 use loom::sync::Notify;
