@@ -160,6 +160,7 @@ pub(crate) struct ByteRange {
 }
 
 /// What `command` comes to on a disk. Ranges of a [`Plan::Discard`] are left in `ranges`.
+#[inline]
 pub(crate) fn plan(
     command: &Command,
     disk: &Profile,

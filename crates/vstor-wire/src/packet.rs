@@ -21,7 +21,7 @@ pub const MAX_PACKET_BYTES: usize = size_of::<VstorPacket>();
 /// | 0 | operation, see [`Operation`] |
 /// | 4 | flags, see [`VstorPacket::COMPLETION_WANTED`] |
 /// | 8 | status, an NTSTATUS; only the host's matters |
-/// | 12 | body, by operation: [`ScsiRequest`](crate::srb::ScsiRequest) or one of [`protocol`](crate::protocol) |
+/// | 12 | body, by operation: [`ScsiRequest`] or one of [`protocol`](crate::protocol) |
 ///
 /// Source: Linux `drivers/scsi/storvsc_drv.c`, `struct vstor_packet`.
 #[repr(C)]
@@ -132,6 +132,20 @@ impl VstorPacket {
         }
     }
 
+    /// What is asked for in the payload of a ring packet, and in which form, without reading on;
+    /// `None` for a payload of neither form's length.
+    #[inline]
+    #[must_use]
+    pub fn peek(payload: &[u8]) -> Option<(Operation, PacketForm)> {
+        let form = match payload.len() {
+            64 => PacketForm::Full,
+            48 => PacketForm::Compact,
+            _ => return None,
+        };
+        let (operation, _) = Operation::read_from_prefix(payload).ok()?;
+        Some((operation, form))
+    }
+
     /// The bytes to send, in `form`.
     #[must_use]
     pub fn bytes(&self, form: PacketForm) -> &[u8] {
@@ -222,7 +236,7 @@ operations! {
     COMPLETE_IO = 1;
     /// Host: a LUN is gone.
     REMOVE_DEVICE = 2;
-    /// Guest: perform a SCSI command; body [`ScsiRequest`](crate::srb::ScsiRequest).
+    /// Guest: perform a SCSI command; body [`ScsiRequest`].
     EXECUTE_SRB = 3;
     /// Guest: end what one LUN is doing.
     RESET_LUN = 4;
@@ -295,6 +309,8 @@ mod tests {
             };
             let got = VstorPacket::parse(&payload).map(|(_, form)| form);
             assert_eq!(got, expected, "length={length}");
+            let peeked = expected.ok().map(|form| (Operation::from_raw(0xa5a5_a5a5), form));
+            assert_eq!(VstorPacket::peek(&payload), peeked, "length={length}");
         }
     }
 

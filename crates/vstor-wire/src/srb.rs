@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::packet::PacketForm;
-use crate::scsi::cdb::{Cdb, MAX_CDB_BYTES};
+use crate::scsi::cdb::{Cdb, CdbError, Command, MAX_CDB_BYTES};
 
 /// Bytes of an SRB that hold the CDB on the way out and sense data on the way back.
 pub const SENSE_BYTES: usize = SENSE_BYTES_U8 as usize;
@@ -124,6 +124,16 @@ impl ScsiRequest {
             Some(cdb) if (1..=MAX_CDB_BYTES).contains(&claimed) => Ok(cdb),
             _ => Err(SrbError::CdbLength { claimed: self.cdb_length }),
         }
+    }
+
+    /// The command.
+    ///
+    /// # Errors
+    /// [`CdbError`]; a CDB of a length that [`Self::cdb`] refuses is cut off, or its rest ignored.
+    #[inline]
+    pub fn command(&self) -> Result<Command, CdbError> {
+        let (cdb, _) = self.cdb_or_sense.split_first_chunk().ok_or(CdbError::Empty)?;
+        Command::parse_padded(cdb, usize::from(self.cdb_length))
     }
 
     /// Direction of the data.
@@ -415,7 +425,6 @@ bitflags::bitflags! {
 mod tests {
     use super::*;
     use crate::packet::{Operation, VstorPacket};
-    use crate::scsi::cdb::Command;
 
     fn read_request() -> ScsiRequest {
         let cdb = Command::read(0x0102_0304, 8).encode().unwrap();
@@ -459,6 +468,15 @@ mod tests {
         for claimed in [0, 17, 20, 21, 255] {
             srb.cdb_length = claimed;
             assert_eq!(srb.cdb(), Err(SrbError::CdbLength { claimed }));
+        }
+        for (length, command) in [
+            (0, Err(CdbError::Empty)),
+            (9, Err(CdbError::TooShort { opcode: 0x28, needed: 10, got: 9 })),
+            (10, Ok(Command::read(0x0102_0304, 8))),
+            (16, Ok(Command::read(0x0102_0304, 8))),
+        ] {
+            srb.cdb_length = length;
+            assert_eq!(srb.command(), command, "{length}");
         }
         srb.cdb_length = 16;
         assert_eq!(srb.cdb().map(<[u8]>::len), Ok(16));

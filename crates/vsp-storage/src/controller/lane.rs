@@ -11,6 +11,7 @@ use kmcl::{
 };
 use vstor_wire::packet::{Operation, PacketForm, VstorPacket};
 use vstor_wire::srb::{DataDirection, ScsiRequest, ScsiStatus, SrbStatus};
+use zerocopy::FromBytes;
 
 use super::requests::{Ended, Gathered, InFlight, Outcome, Requests, Stage, answer_srb, lane_of};
 use super::{Core, lock};
@@ -40,11 +41,9 @@ pub(super) struct Scratch {
     again: Vec<(Arc<Lun>, IoRequest)>,
 }
 
-/// What becomes of an SRB.
+/// What becomes of an SRB that is not done at once.
 enum Verdict {
-    /// It is done, and has moved so many bytes.
-    Done(u32),
-    /// It ends at once.
+    /// It ends with this.
     Answer(Answer),
     /// A back end has to do something first.
     Io(Work),
@@ -77,7 +76,7 @@ impl Lane {
     }
 
     /// An SRB: a SCSI command for a LUN.
-    fn execute(&self, packet: IncomingPacket, mut request: VstorPacket, form: PacketForm) {
+    fn execute(&self, packet: IncomingPacket, form: PacketForm) {
         let refusal = match self.core.ready_form() {
             None => Some(NtStatus::INVALID_DEVICE_STATE),
             // The last fields of the SRB are missing, where this version has them.
@@ -89,18 +88,28 @@ impl Lane {
         if let Some(status) = refusal {
             return packet.complete(VstorPacket::answer(status).bytes(form));
         }
-        match judge(&self.core, &packet, request.srb()) {
-            Verdict::Done(moved) => {
-                request.make_answer(NtStatus::SUCCESS);
-                request.srb_mut().finish(SrbStatus::SUCCESS, ScsiStatus::GOOD, moved);
-                packet.complete(request.bytes(form));
+        // Looked at where it lies; what goes on for longer makes its own copy.
+        let padded;
+        let request = match VstorPacket::ref_from_bytes(packet.payload()) {
+            Ok(request) => request,
+            Err(_) => {
+                padded = read_request(&packet);
+                &padded
             }
-            Verdict::Answer(answer) => {
+        };
+        let mut success = *request;
+        match judge(&self.core, &packet, request, &mut success) {
+            None => packet.complete(success.bytes(form)),
+            Some(Verdict::Answer(answer)) => {
+                let mut request = read_request(&packet);
                 answer_srb(&mut request, &answer);
                 packet.complete(request.bytes(form));
             }
-            Verdict::Redeliver => packet.redeliver(),
-            Verdict::Io(work) => self.gather(packet, request, form, work),
+            Some(Verdict::Redeliver) => packet.redeliver(),
+            Some(Verdict::Io(work)) => {
+                let request = read_request(&packet);
+                self.gather(packet, request, form, work);
+            }
         }
     }
 
@@ -159,16 +168,16 @@ impl Lane {
 
 impl ProcessPacket for Lane {
     fn process_packet(&self, _channel: &Channel, packet: IncomingPacket) {
-        let (request, form) = match VstorPacket::parse(packet.payload()) {
-            Ok(parsed) => parsed,
-            Err(error) => {
-                tracing::debug!(%error, "storage packet refused");
-                let answer = VstorPacket::answer(NtStatus::INVALID_PARAMETER);
-                return packet.complete(answer.bytes(PacketForm::Full));
-            }
+        let Some((operation, form)) = VstorPacket::peek(packet.payload()) else {
+            tracing::debug!(bytes = packet.payload().len(), "storage packet refused");
+            let answer = VstorPacket::answer(NtStatus::INVALID_PARAMETER);
+            return packet.complete(answer.bytes(PacketForm::Full));
         };
-        let answer = match request.operation {
-            Operation::EXECUTE_SRB => return self.execute(packet, request, form),
+        if operation == Operation::EXECUTE_SRB {
+            return self.execute(packet, form);
+        }
+        let request = read_request(&packet);
+        let answer = match operation {
             Operation::RESET_LUN | Operation::RESET_BUS | Operation::RESET_ADAPTER => {
                 return self.core.reset(packet, &request, form);
             }
@@ -235,6 +244,12 @@ fn set_buffers(
         .map_err(|_| Answer::invalid_request())
 }
 
+/// A copy of the request in a packet whose length is that of one.
+fn read_request(packet: &IncomingPacket) -> VstorPacket {
+    VstorPacket::parse(packet.payload())
+        .map_or_else(|_| VstorPacket::notice(Operation::from_raw(0)), |(request, _)| request)
+}
+
 /// The external data of a packet; only to be read, if the command's data comes from there.
 fn external_data(
     packet: &IncomingPacket,
@@ -246,19 +261,26 @@ fn external_data(
     })
 }
 
-/// What an SRB comes to.
-fn judge(core: &Core, packet: &IncomingPacket, srb: &ScsiRequest) -> Verdict {
+/// What the SRB in `request` comes to; `None` if it is done, and `success` is its answer.
+#[inline]
+fn judge(
+    core: &Core,
+    packet: &IncomingPacket,
+    request: &VstorPacket,
+    success: &mut VstorPacket,
+) -> Option<Verdict> {
+    let srb = request.srb();
     // The SRB's own length is not looked at: the packet's says the same, and cannot lie.
-    let (Ok(cdb), Ok(direction)) = (srb.cdb(), srb.direction()) else {
-        return Verdict::Answer(Answer::invalid_request());
+    let (Ok(_), Ok(direction)) = (srb.cdb(), srb.direction()) else {
+        return Some(Verdict::Answer(Answer::invalid_request()));
     };
     let external = if packet.has_external_data() {
         match external_data(packet, direction) {
             Ok(data) => Some(data),
-            Err(Error::Pending) => return Verdict::Redeliver,
+            Err(Error::Pending) => return Some(Verdict::Redeliver),
             Err(error) => {
                 tracing::debug!(%error, "data of a SCSI request refused");
-                return Verdict::Answer(Answer::invalid_request());
+                return Some(Verdict::Answer(Answer::invalid_request()));
             }
         }
     } else {
@@ -268,27 +290,43 @@ fn judge(core: &Core, packet: &IncomingPacket, srb: &ScsiRequest) -> Verdict {
     let buffer = GuestData(external);
     let available = external.map_or(0, |data| data.len().min(srb.data_transfer_length.get()));
     let data = Data { direction, available, buffer: &buffer };
-    core.luns.with_table(|luns| {
+    let mut verdict = None;
+    let done = core.luns.with_table(|luns| {
         let mut ranges = Vec::new();
-        match luns.plan(srb.address(), cdb, &data, &mut ranges) {
-            (Plan::Answer(answer), _) => Verdict::Answer(answer),
-            (_, None) => Verdict::Answer(Answer::no_lun()),
-            (Plan::Io(io), Some(lun)) => match run_inline(lun, &io, external) {
-                Some(Ok(())) => Verdict::Done(io.data_bytes),
-                Some(Err(error)) => Verdict::Answer(Answer::failed(error, lun.disk.sector_bytes())),
-                None => Verdict::Io(Work { lun: Arc::clone(lun), io, more: VecDeque::new() }),
-            },
-            (Plan::Discard, Some(lun)) => {
+        let (plan, lun) = luns.plan(srb.address(), srb.command(), &data, &mut ranges);
+        let Some(lun) = lun else {
+            let answer = if let Plan::Answer(answer) = plan { answer } else { Answer::no_lun() };
+            verdict = Some(Verdict::Answer(answer));
+            return false;
+        };
+        verdict = Some(match plan {
+            Plan::Answer(answer) => Verdict::Answer(answer),
+            Plan::Io(io) => {
+                // The answer is made before the data is copied, and the result is one bit: whatever
+                // is written now and read at once would wait until the copy has left the processor's
+                // store buffer.
+                success.make_answer(NtStatus::SUCCESS);
+                success.srb_mut().finish(SrbStatus::SUCCESS, ScsiStatus::GOOD, io.data_bytes);
+                match run_inline(lun, &io, external) {
+                    Some(Ok(())) => return true,
+                    Some(Err(error)) => {
+                        Verdict::Answer(Answer::failed(error, lun.disk.sector_bytes()))
+                    }
+                    None => Verdict::Io(Work { lun: Arc::clone(lun), io, more: VecDeque::new() }),
+                }
+            }
+            Plan::Discard => {
                 let mut more = VecDeque::from(ranges);
-                let Some(ByteRange { offset, bytes }) = more.pop_front() else {
-                    return Verdict::Done(0);
-                };
+                let first = more.pop_front().unwrap_or(ByteRange { offset: 0, bytes: 0 });
+                let ByteRange { offset, bytes } = first;
                 let operation = IoOperation::Discard;
                 let io = IoPlan { operation, offset, bytes, data_bytes: 0 };
                 Verdict::Io(Work { lun: Arc::clone(lun), io, more })
             }
-        }
-    })
+        });
+        false
+    });
+    if done { None } else { verdict }
 }
 
 /// Reads and writes at once, where the back end can.

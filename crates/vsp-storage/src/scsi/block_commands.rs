@@ -20,6 +20,7 @@ pub(super) const FLUSH: IoPlan =
 /// Bytes of the largest sector.
 const MAX_SECTOR_BYTES: usize = 4096;
 
+#[inline]
 pub(super) fn read(disk: &Profile, data: &Data<'_>, read: &Transfer) -> Plan {
     let range = range(disk, &read.extent)
         .and_then(|range| data_for(data, DataDirection::In, &read.extent, range, range.bytes));
@@ -28,6 +29,7 @@ pub(super) fn read(disk: &Profile, data: &Data<'_>, read: &Transfer) -> Plan {
     transfer(range, IoOperation::Read)
 }
 
+#[inline]
 pub(super) fn write(disk: &Profile, data: &Data<'_>, write: &Transfer) -> Plan {
     let range = writable(disk)
         .and_then(|()| range(disk, &write.extent))
@@ -35,6 +37,7 @@ pub(super) fn write(disk: &Profile, data: &Data<'_>, write: &Transfer) -> Plan {
     transfer(range, IoOperation::Write { fua: write.fua })
 }
 
+#[inline]
 fn transfer(range: Result<(ByteRange, u32), Answer>, operation: IoOperation) -> Plan {
     match range {
         Ok((ByteRange { bytes: 0, .. }, _)) => Plan::Answer(Answer::good(0)),
@@ -202,6 +205,7 @@ fn writable(disk: &Profile) -> Result<(), Answer> {
 }
 
 /// The bytes of an extent, if the disk has them.
+#[inline]
 fn range(disk: &Profile, extent: &Extent) -> Result<ByteRange, Answer> {
     let end = extent.lba.checked_add(u64::from(extent.blocks));
     if end.is_none_or(|end| end > disk.sectors) {
@@ -216,6 +220,7 @@ fn range(disk: &Profile, extent: &Extent) -> Result<ByteRange, Answer> {
 }
 
 /// Checks that `wanted` bytes of data go `direction`, and that the request brought them.
+#[inline]
 fn data_for(
     data: &Data<'_>,
     direction: DataDirection,

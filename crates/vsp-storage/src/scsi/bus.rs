@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vstor_wire::scsi::cdb::Command;
+use vstor_wire::scsi::cdb::{CdbError, Command};
 use vstor_wire::scsi::inquiry::StandardInquiry;
 use vstor_wire::scsi::luns::{LunEntry, LunListHeader};
 use vstor_wire::scsi::sense::{AdditionalSense, FieldPointer, SenseData, SenseKey};
@@ -113,6 +113,7 @@ impl LunTable {
         self.luns.iter()
     }
 
+    #[inline]
     fn find(&self, address: ScsiAddress) -> Result<usize, usize> {
         self.luns.binary_search_by_key(&address, |lun| lun.address)
     }
@@ -139,15 +140,16 @@ impl LunTable {
     }
 
     /// What a command to `address` comes to. The disk it is for comes along, if there is one.
+    #[inline]
     pub(crate) fn plan(
         &self,
         address: ScsiAddress,
-        cdb: &[u8],
+        command: Result<Command, CdbError>,
         data: &Data<'_>,
         ranges: &mut Vec<ByteRange>,
     ) -> (Plan, Option<&Arc<Lun>>) {
         let lun = self.get(address);
-        let answer = match (Command::parse(cdb), lun) {
+        let answer = match (command, lun) {
             (Ok(Command::ReportLuns { select, allocation }), _) => {
                 self.report_luns(address, data, select, allocation)
             }

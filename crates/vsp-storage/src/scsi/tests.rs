@@ -87,7 +87,7 @@ fn run_at(
     let guest = Guest(RefCell::new(data));
     let mut ranges = Vec::new();
     let data = Data { direction, available, buffer: &guest };
-    let (plan, _) = table.plan(address, cdb, &data, &mut ranges);
+    let (plan, _) = table.plan(address, Command::parse(cdb), &data, &mut ranges);
     Run { plan, data: guest.0.into_inner(), ranges }
 }
 

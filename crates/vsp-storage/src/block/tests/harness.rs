@@ -176,15 +176,12 @@ pub(super) fn open(
     }
 }
 
-/// Descriptors and I/O threads of this process. The kernel's own threads for io_uring show up among
-/// a process's too, and leave when they like.
-pub(super) fn resources() -> (usize, usize) {
-    let list = |path| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
-    let is_ours = |task: PathBuf| {
-        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("disk-io"))
+/// I/O threads of this process that bear their name.
+pub(super) fn io_threads() -> usize {
+    let is_ours = |task: &std::fs::DirEntry| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        name.is_ok_and(|name| name.starts_with("disk-io"))
     };
-    (
-        list("/proc/self/fd").count(),
-        list("/proc/self/task").filter(|task| is_ours(task.clone())).count(),
-    )
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    tasks.filter(|task| task.as_ref().is_ok_and(is_ours)).count()
 }

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
-use super::harness::{FILES, Rig, on_each};
+use super::harness::{FILES, Rig, io_threads, on_each};
 use crate::block::{FileOptions, ImageError, IoError, IoOperation, open_file};
 
 /// Set in children: the folder prepared for them.
@@ -92,6 +92,45 @@ fn a_full_file_system_fails_writes_and_nothing_else() {
         assert_eq!(write(&rig, 0x7_0000), Ok(()));
     }
     drop(folder);
+}
+
+#[test]
+fn threads_stand_in_where_io_uring_cannot_be_set_up() {
+    use crate::block::{CacheMode, Engine};
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    if std::env::var_os(FOLDER).is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("disk.img"), [7; 4096]).unwrap();
+        return judge(child(
+            "threads_stand_in_where_io_uring_cannot_be_set_up",
+            folder.path(),
+            r#"exec "$@""#,
+        ));
+    }
+    let folder = std::env::var_os(FOLDER).unwrap();
+    let image = Path::new(&folder).join("disk.img");
+    // Room for the image and one descriptor more: threads need one, io_uring needs two.
+    let lowest_free = rustix::io::dup(std::io::stdin()).map(|fd| {
+        use std::os::fd::AsRawFd;
+        u64::try_from(fd.as_raw_fd()).unwrap()
+    });
+    let before = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: Some(lowest_free.unwrap() + 2), ..before };
+    let options =
+        |engine| FileOptions { engine, cache: CacheMode::Buffered, ..FileOptions::default() };
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let refused = open_file(&image, &options(Engine::IoUring)).err();
+    let opened = open_file(&image, &options(Engine::Auto));
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(matches!(refused, Some(ImageError::Resources { .. })), "{refused:?}");
+    let backend = opened.unwrap();
+    assert_eq!(backend.bytes(), 4096);
+    // A thread bears its name only once it runs.
+    let start = std::time::Instant::now();
+    while io_threads() != 4 {
+        assert!(start.elapsed().as_secs() < 30, "{} threads", io_threads());
+        std::thread::yield_now();
+    }
 }
 
 #[test]

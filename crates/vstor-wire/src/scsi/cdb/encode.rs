@@ -122,36 +122,35 @@ impl Writer {
         if code == NONE {
             return Err(no_such_form(ten, form));
         }
-        let writer = Self::new(code, form);
-        Ok(match form {
+        let mut writer = Self::new(code, form);
+        let b = &mut writer.bytes;
+        let [_, _, _, _, low @ ..] = lba.to_be_bytes();
+        match form {
             CdbForm::Six => {
                 fits(code, lba, 21)?;
                 if blocks == 0 || blocks > 256 {
                     return Err(does_not_fit(code, u64::from(blocks), 8));
                 }
-                let [.., high, middle, low] = lba.to_be_bytes();
-                writer.bytes(1, &[high, middle, low, blocks.to_le_bytes()[0]]) // 256 becomes 0
+                [_, b[1], b[2], b[3]] = low;
+                [b[4], ..] = blocks.to_le_bytes(); // 256 becomes 0
             }
             CdbForm::Ten => {
                 fits(code, lba, 32)?;
                 fits(code, u64::from(blocks), 16)?;
-                let [.., b1, b0] = blocks.to_be_bytes();
-                writer.address32(lba).bytes(7, &[b1, b0])
+                [b[2], b[3], b[4], b[5]] = low;
+                [.., b[7], b[8]] = blocks.to_be_bytes();
             }
             CdbForm::Twelve => {
                 fits(code, lba, 32)?;
-                writer.address32(lba).bytes(6, &blocks.to_be_bytes())
+                [b[2], b[3], b[4], b[5]] = low;
+                [b[6], b[7], b[8], b[9]] = blocks.to_be_bytes();
             }
             CdbForm::Sixteen => {
-                writer.bytes(2, &lba.to_be_bytes()).bytes(10, &blocks.to_be_bytes())
+                [b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9]] = lba.to_be_bytes();
+                [b[10], b[11], b[12], b[13]] = blocks.to_be_bytes();
             }
-        })
-    }
-
-    /// The low 32 bits of an address, where all but the 16-byte form have it.
-    fn address32(self, lba: u64) -> Self {
-        let [_, _, _, _, low @ ..] = lba.to_be_bytes();
-        self.bytes(2, &low)
+        }
+        Ok(writer)
     }
 
     /// A bit that the 6-byte form does not have.

@@ -11,23 +11,36 @@ impl Command {
     /// # Errors
     /// [`CdbError`], which also says how a LUN has to refuse the command.
     pub fn parse(cdb: &[u8]) -> Result<Self, CdbError> {
-        let &code = cdb.first().ok_or(CdbError::Empty)?;
-        let form = form_of(code)?;
-        let needed = form.bytes();
-        if cdb.len() < usize::from(needed) {
-            return Err(CdbError::TooShort { opcode: code, needed, got: cdb.len() });
-        }
-        let mut bytes = [0; MAX_CDB_BYTES];
-        for (to, from) in bytes.iter_mut().zip(cdb.iter().take(usize::from(needed))) {
+        let mut padded = [0; MAX_CDB_BYTES];
+        for (to, from) in padded.iter_mut().zip(cdb) {
             *to = *from;
         }
-        let fields = Fields(bytes);
+        Self::parse_padded(&padded, cdb.len())
+    }
+
+    /// As [`Self::parse`], for a command that is the first `length` bytes of `cdb`, where it lies: what
+    /// an SRB has. Saves the copy.
+    ///
+    /// # Errors
+    /// As for [`Self::parse`].
+    #[inline]
+    pub fn parse_padded(cdb: &[u8; MAX_CDB_BYTES], length: usize) -> Result<Self, CdbError> {
+        if length == 0 {
+            return Err(CdbError::Empty);
+        }
+        let form = form_of(cdb[0])?;
+        let needed = form.bytes();
+        if length < usize::from(needed) {
+            return Err(CdbError::TooShort { opcode: cdb[0], needed, got: length });
+        }
+        let fields = Fields(cdb);
         fields.refuse_bits(needed - 1, 0x04)?; // NACA: this transport has no ACA
         fields.command(form)
     }
 }
 
 /// The length of a known command's CDB, from its operation code.
+#[inline]
 fn form_of(code: u8) -> Result<CdbForm, CdbError> {
     use opcode::*;
     Ok(match code {
@@ -42,13 +55,14 @@ fn form_of(code: u8) -> Result<CdbForm, CdbError> {
     })
 }
 
-/// The bytes of a CDB, zeros after its end.
-struct Fields([u8; MAX_CDB_BYTES]);
+/// The bytes of a CDB. Those after its end mean nothing.
+struct Fields<'a>(&'a [u8; MAX_CDB_BYTES]);
 
-impl Fields {
+impl Fields<'_> {
+    #[inline]
     fn command(&self, form: CdbForm) -> Result<Command, CdbError> {
         use opcode::*;
-        let b = &self.0;
+        let b = self.0;
         Ok(match b[0] {
             TEST_UNIT_READY => Command::TestUnitReady,
             REQUEST_SENSE => {
@@ -67,7 +81,9 @@ impl Fields {
                 }
                 self.refuse_bits(14, 0x01)?; // PMI
                 self.refuse_set(2..10)?;
-                Command::ReadCapacity16 { allocation: u32_at(b, 10) }
+                Command::ReadCapacity16 {
+                    allocation: u32::from_be_bytes([b[10], b[11], b[12], b[13]]),
+                }
             }
             READ_6 | READ_10 | READ_12 | READ_16 => Command::Read(self.transfer(form)?),
             WRITE_6 | WRITE_10 | WRITE_12 | WRITE_16 => Command::Write(self.transfer(form)?),
@@ -86,10 +102,13 @@ impl Fields {
             }
             UNMAP => {
                 self.refuse_bits(1, 0x01)?; // ANCHOR
-                Command::Unmap { parameter_bytes: u16_at(b, 7) }
+                Command::Unmap { parameter_bytes: u16::from_be_bytes([b[7], b[8]]) }
             }
             WRITE_SAME_10 | WRITE_SAME_16 => self.write_same(form)?,
-            REPORT_LUNS => Command::ReportLuns { select: b[2], allocation: u32_at(b, 6) },
+            REPORT_LUNS => Command::ReportLuns {
+                select: b[2],
+                allocation: u32::from_be_bytes([b[6], b[7], b[8], b[9]]),
+            },
             START_STOP_UNIT => Command::StartStopUnit {
                 immediate: b[1] & 1 != 0,
                 power_condition: b[4] >> 4,
@@ -101,17 +120,17 @@ impl Fields {
     }
 
     fn inquiry(&self) -> Result<Command, CdbError> {
-        let b = &self.0;
+        let b = self.0;
         self.refuse_bits(1, 0x02)?; // CMDDT, obsolete
         let page = (b[1] & 1 != 0).then_some(b[2]);
         if page.is_none() {
             self.refuse_bits(2, 0xff)?;
         }
-        Ok(Command::Inquiry { page, allocation: u16_at(b, 3) })
+        Ok(Command::Inquiry { page, allocation: u16::from_be_bytes([b[3], b[4]]) })
     }
 
     fn mode_sense(&self, form: CdbForm) -> ModeSense {
-        let b = &self.0;
+        let b = self.0;
         let ten = form == CdbForm::Ten;
         ModeSense {
             form,
@@ -125,7 +144,7 @@ impl Fields {
             },
             page: b[2] & 0x3f,
             subpage: b[3],
-            allocation: if ten { u16_at(b, 7) } else { u16::from(b[4]) },
+            allocation: if ten { u16::from_be_bytes([b[7], b[8]]) } else { u16::from(b[4]) },
         }
     }
 
@@ -138,7 +157,7 @@ impl Fields {
     }
 
     fn write_same(&self, form: CdbForm) -> Result<Command, CdbError> {
-        let b = &self.0;
+        let b = self.0;
         self.refuse_bits(1, 0xe0)?; // WRPROTECT
         self.refuse_bits(1, 0x10)?; // ANCHOR
         self.refuse_bits(1, 0x06)?; // PBDATA and LBDATA, obsolete: they would change the data
@@ -149,29 +168,34 @@ impl Fields {
         })
     }
 
+    #[inline]
     fn extent(&self, form: CdbForm) -> Extent {
-        let b = &self.0;
+        let b = self.0;
+        let lba32 = u64::from(u32::from_be_bytes([b[2], b[3], b[4], b[5]]));
         let (lba, blocks) = match form {
             CdbForm::Six => {
                 let lba = u32::from_be_bytes([0, b[1] & 0x1f, b[2], b[3]]);
                 (u64::from(lba), if b[4] == 0 { 256 } else { u32::from(b[4]) })
             }
-            CdbForm::Ten => (u64::from(u32_at(b, 2)), u32::from(u16_at(b, 7))),
-            CdbForm::Twelve => (u64::from(u32_at(b, 2)), u32_at(b, 6)),
+            CdbForm::Ten => (lba32, u32::from(u16::from_be_bytes([b[7], b[8]]))),
+            CdbForm::Twelve => (lba32, u32::from_be_bytes([b[6], b[7], b[8], b[9]])),
             CdbForm::Sixteen => {
-                (u64::from(u32_at(b, 2)) << 32 | u64::from(u32_at(b, 6)), u32_at(b, 10))
+                let low = u64::from(u32::from_be_bytes([b[6], b[7], b[8], b[9]]));
+                (lba32 << 32 | low, u32::from_be_bytes([b[10], b[11], b[12], b[13]]))
             }
         };
         Extent { form, lba, blocks }
     }
 
     /// Fails if any bit of `mask` is set in a byte; the error points to the highest of them.
+    #[inline]
     fn refuse_bits(&self, byte: u8, mask: u8) -> Result<(), CdbError> {
         let set = self.byte(byte) & mask;
-        match (0..8u8).rev().find(|bit| set & (1 << bit) != 0) {
-            None => Ok(()),
-            Some(bit) => Err(self.invalid(byte, bit)),
+        if set == 0 {
+            return Ok(());
         }
+        let bit = (0..8u8).rev().find(|bit| set & (1 << bit) != 0).unwrap_or(0);
+        Err(self.invalid(byte, bit))
     }
 
     /// Fails if any of the bytes is not zero.
@@ -186,14 +210,4 @@ impl Fields {
     fn byte(&self, at: u8) -> u8 {
         self.0.get(usize::from(at)).copied().unwrap_or(0)
     }
-}
-
-/// The big-endian number at `at`; zeros stand in for bytes after the end.
-fn u16_at(bytes: &[u8; MAX_CDB_BYTES], at: usize) -> u16 {
-    bytes.iter().skip(at).take(2).fold(0, |value, &byte| value << 8 | u16::from(byte))
-}
-
-/// As [`u16_at`].
-fn u32_at(bytes: &[u8; MAX_CDB_BYTES], at: usize) -> u32 {
-    bytes.iter().skip(at).take(4).fold(0, |value, &byte| value << 8 | u32::from(byte))
 }
