@@ -12,7 +12,6 @@ use crate::disk::DiskInfo;
 use crate::error::Error;
 use crate::pipeline::Extent;
 use crate::request::Request;
-use crate::requests::Owner;
 
 /// What a reset ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -70,8 +69,8 @@ impl StorageClient {
             };
         }
         let call = self.requests.begin_call();
-        let mut request = Some((Owner::Call { call, index: 0 }, request));
-        self.submit_owned(|| request.take()).map_err(|refused| refused.error)?;
+        let mut request = Some(request);
+        self.submit_owned(Some(call), || request.take()).map_err(|refused| refused.error)?;
         if request.is_some() {
             return Err(Error::QueueFull { depth: self.queue_depth() });
         }

@@ -212,18 +212,19 @@ impl StorageClient {
     #[expect(clippy::result_large_err, reason = "hands the request and its buffer back")]
     pub fn submit_each(
         &mut self,
-        mut next: impl FnMut() -> Option<Request>,
+        next: impl FnMut() -> Option<Request>,
     ) -> Result<usize, SubmitError> {
-        self.submit_owned(|| {
-            let request = next()?;
-            Some((Owner::User { token: request.token }, request))
-        })
+        self.submit_owned(None, next)
     }
 
+    /// As [`Self::submit_each`], for the blocking call `call` if there is one: it finds its requests
+    /// again by their tokens.
     #[expect(clippy::result_large_err, reason = "hands the request and its buffer back")]
+    #[inline]
     pub(crate) fn submit_owned(
         &mut self,
-        mut next: impl FnMut() -> Option<(Owner, Request)>,
+        call: Option<u64>,
+        mut next: impl FnMut() -> Option<Request>,
     ) -> Result<usize, SubmitError> {
         let not_ready = match self.phase {
             Phase::Ready(_) => None,
@@ -234,7 +235,7 @@ impl StorageClient {
         let mut batch = None;
         let mut sent = 0;
         while self.requests.in_flight() < self.requests.depth() {
-            let Some((owner, request)) = next() else { break };
+            let Some(request) = next() else { break };
             if let Some(error) = not_ready {
                 return Err(SubmitError { request, error });
             }
@@ -242,7 +243,7 @@ impl StorageClient {
                 return Err(SubmitError { request, error: Error::NotReady });
             };
             let batch = batch.get_or_insert_with(|| channel.batch());
-            self.requests.submit(batch, channel, link, owner, request)?;
+            self.requests.submit(batch, channel, link, call, request)?;
             sent += 1;
         }
         Ok(sent)
@@ -437,7 +438,7 @@ impl StorageClient {
         self.ready()?;
         let call = self.requests.begin_call();
         let channel = self.channels.first().ok_or(Error::NotReady)?;
-        self.requests.submit_operation(channel, 0, Owner::Call { call, index: 0 }, packet)?;
+        self.requests.submit_operation(channel, 0, Owner::Call { call, token: 0 }, packet)?;
         self.wait_call_end()?;
         match self.requests.next_call_end() {
             Some(end) => end.result.map(|_| ()),

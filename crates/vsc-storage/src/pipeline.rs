@@ -13,7 +13,6 @@ use crate::client::StorageClient;
 use crate::disk::DiskInfo;
 use crate::error::Error;
 use crate::request::Request;
-use crate::requests::Owner;
 
 /// A run of bytes of a disk, in whole blocks.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -52,7 +51,7 @@ struct Window {
     first: u64,
     extents: VecDeque<Outstanding>,
     /// Requests of the newest extents, made and not sent yet.
-    made: VecDeque<(Owner, Request)>,
+    made: VecDeque<Request>,
 }
 
 impl Window {
@@ -64,7 +63,7 @@ impl Window {
     fn push(&mut self, extent: Extent, request: Request) {
         let index = self.first + self.extents.len() as u64;
         self.extents.push_back(Outstanding { extent, end: None });
-        self.made.push_back((Owner::Call { call: self.call, index }, request));
+        self.made.push_back(request.with_token(index));
     }
 
     fn end(&mut self, index: u64, buffer: Option<Buffer>, result: Result<u32, Error>) {
@@ -209,15 +208,17 @@ impl StorageClient {
             let buffer = self.take_buffer(extent.bytes)?;
             window.push(extent, make(extent, buffer)?);
         }
-        let made = &mut window.made;
-        self.submit_owned(|| made.pop_front()).map(|_| ()).map_err(|refused| refused.error.into())
+        let Window { call, made, .. } = window;
+        self.submit_owned(Some(*call), || made.pop_front())
+            .map(|_| ())
+            .map_err(|refused| refused.error.into())
     }
 
     /// Waits until a request has ended, and takes in all that have.
     fn wait_window(&mut self, window: &mut Window) -> Result<(), Error> {
         self.wait_call_end()?;
         while let Some(end) = self.requests.next_call_end() {
-            window.end(end.index, end.buffer, end.result);
+            window.end(end.token, end.buffer, end.result);
         }
         Ok(())
     }

@@ -25,8 +25,8 @@ const SPARE_SLOTS: u16 = 16;
 pub(crate) enum Owner {
     /// The user, by [`StorageClient::next_completion`](crate::StorageClient::next_completion).
     User { token: u64 },
-    /// The blocking call number `call`; `index` counts its requests. Nobody, if that call is over.
-    Call { call: u64, index: u64 },
+    /// The blocking call number `call`. Nobody, if that call is over.
+    Call { call: u64, token: u64 },
     /// The initialisation.
     Handshake,
 }
@@ -49,7 +49,7 @@ impl Pending {
 /// The end of a request that a blocking call waits for.
 #[derive(Debug)]
 pub(crate) struct CallEnd {
-    pub(crate) index: u64,
+    pub(crate) token: u64,
     pub(crate) buffer: Option<Buffer>,
     pub(crate) result: Result<u32, Error>,
 }
@@ -137,14 +137,14 @@ impl Requests {
         lanes.min_by_key(|(_, lane)| lane.in_flight).map_or(0, |(index, _)| index)
     }
 
-    /// Sends `request` in `batch`, a batch of channel `link`.
+    /// Sends `request` in `batch`, a batch of channel `link`, for the user or for a blocking call.
     #[expect(clippy::result_large_err, reason = "hands the request and its buffer back")]
     pub(crate) fn submit(
         &mut self,
         batch: &mut Batch<'_>,
         channel: &Channel,
         link: usize,
-        owner: Owner,
+        call: Option<u64>,
         request: Request,
     ) -> Result<(), SubmitError> {
         if let Err(error) = self.check(&request) {
@@ -155,6 +155,10 @@ impl Requests {
             Err(error) => return Err(SubmitError { request, error }),
         };
         let Request { address, cdb, data, token } = request;
+        let owner = match call {
+            None => Owner::User { token },
+            Some(call) => Owner::Call { call, token },
+        };
         let (direction, buffer, span) = match data {
             Some(data) => (data.direction, Some(data.buffer), (data.offset, data.bytes)),
             None => (DataDirection::None, None, (0, 0)),
@@ -306,11 +310,17 @@ impl Requests {
             answer.and_then(|packet| answer::judge(asked, packet))
         };
         match owner {
-            Owner::User { token } => {
-                self.finished.push_back(Completion { token, buffer, result: result(answer) });
-            }
-            Owner::Call { call, index } if call == self.call => {
-                self.call_ends.push_back(CallEnd { index, buffer, result: result(answer) });
+            // A success is made where it goes: an error's room is large, and would be copied.
+            Owner::User { token } => match answer.ok().and_then(|it| answer::success(asked, it)) {
+                Some(moved) => {
+                    self.finished.push_back(Completion { token, buffer, result: Ok(moved) });
+                }
+                None => {
+                    self.finished.push_back(Completion { token, buffer, result: result(answer) });
+                }
+            },
+            Owner::Call { call, token } if call == self.call => {
+                self.call_ends.push_back(CallEnd { token, buffer, result: result(answer) });
             }
             Owner::Call { .. } => {} // nobody waits for it any more; its buffer is free now
             Owner::Handshake => self.handshake_answer = Some(answer.copied()),
