@@ -145,9 +145,11 @@ pub(crate) fn outside(memory: &GuestMemory, ranges: GpaRanges<'_>) -> Option<(u6
             low = low.min(pfn);
             high = high.max(pfn);
         }
-        // Neither product overflows: page frame numbers are at most `MAX_PFN`.
-        let span = usize::try_from((high.wrapping_sub(low) + 1) << PAGE_SHIFT);
-        let within = span.is_ok_and(|span| memory.slice(low << PAGE_SHIFT, span).is_ok());
+        // Page frame numbers are at most `MAX_PFN`: neither product overflows, but the sum does for
+        // all pages there are.
+        let span = (high.wrapping_sub(low) << PAGE_SHIFT).checked_add(PAGE_SIZE_U32.into());
+        let span = span.and_then(|span| usize::try_from(span).ok());
+        let within = span.is_some_and(|span| memory.slice(low << PAGE_SHIFT, span).is_ok());
         if !within {
             let outside =
                 Rest::from(range).find(|&(gpa, len)| !memory.contains(gpa, u64::from(len)));
