@@ -1,5 +1,5 @@
-//! What the tests share: a device that records and obeys, a pair of endpoints in one process, and
-//! ([`raw`]) a bus whose other end is in the hands of the test.
+//! What the tests share: a device that records and obeys, a pair of endpoints in one process, a bus
+//! whose other end is in the hands of the test ([`raw`]), and a channel to be lied to ([`victim`]).
 
 #![allow(
     dead_code,
@@ -10,6 +10,7 @@
 )]
 
 pub(crate) mod raw;
+pub(crate) mod victim;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

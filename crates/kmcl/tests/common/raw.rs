@@ -95,6 +95,16 @@ impl RawBus {
         })
     }
 
+    /// A bus for another channel of the same guest: the same memory, the same budgets.
+    pub(crate) fn beside(&self) -> Arc<Self> {
+        Arc::new(Self {
+            memory: self.memory.clone(),
+            pages: self.pages.clone(),
+            mappings: self.mappings.clone(),
+            state: Mutex::default(),
+        })
+    }
+
     pub(crate) fn memory(&self) -> &GuestMemory {
         &self.memory
     }
