@@ -23,14 +23,12 @@ pub(crate) enum Length {
 }
 
 impl Length {
-    /// What the bar shows after its name.
+    /// What the bar shows: at most 80 columns, if the terminal has no more.
     const fn template(self) -> &'static str {
         match self {
-            Self::Bytes(_) => {
-                "{msg:<42} {bar:24} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"
-            }
+            Self::Bytes(_) => "{msg:<42} {wide_bar} {percent:>3} % {binary_bytes_per_sec:>14}",
             Self::UnknownBytes => "{msg:<42} {spinner} {binary_bytes} {binary_bytes_per_sec}",
-            Self::Seconds(_) => "{msg:<42} {bar:24} {pos}/{len} s",
+            Self::Seconds(_) => "{msg:<42} {wide_bar} {pos}/{len} s",
             Self::Unknown => "{msg:<42} {spinner} {elapsed}",
         }
     }

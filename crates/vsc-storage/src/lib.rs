@@ -12,6 +12,21 @@
 //! | full control | [`StorageClient::submit`], [`wait`](StorageClient::wait), [`next_completion`](StorageClient::next_completion) |
 //! | hot add and removal | [`StorageClient::next_notice`] |
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use vsc_storage::{ClientConfig, Error, StorageClient};
+//!
+//! # fn show(bus: Arc<dyn kmcl::bus::Bus>) -> Result<(), Error> {
+//! let mut client = StorageClient::connect(bus, ClientConfig::default())?;
+//! for disk in client.scan()? {
+//!     let mut first = vec![0; disk.block_bytes as usize];
+//!     client.read(&disk, 0, &mut first)?;
+//!     println!("{} has {} bytes and begins with {:?}", disk.address, disk.bytes(), first.first());
+//! }
+//! # Ok(()) }
+//! ```
+//!
 //! The client makes no thread: whoever uses it drives it. A request allocates nothing on its way, and
 //! each request that was accepted ends exactly once, whatever the server does. What a server sends is
 //! never trusted: an answer that cannot be is a typed error, and never a panic.
