@@ -37,8 +37,6 @@ pub(crate) struct Traffic {
     pub(crate) quota: u32,
     /// Most bytes of a completion's payload.
     completion_size: u32,
-    /// Ring bytes that each outstanding packet may claim for its completion.
-    completion_room: u32,
     /// The receiver or the queue stopped for lack of a body or of room; the next completion has to
     /// wake the receiver.
     starved: bool,
@@ -75,6 +73,8 @@ pub(crate) struct HandedBack {
 struct OutgoingRing {
     writer: RingWriter,
     signal: Arc<dyn Signal>,
+    /// Ring bytes that each outstanding packet may claim for its completion.
+    completion_room: u32,
     /// Ring bytes promised to completions of outstanding packets.
     promised: u32,
     /// The peer was asked for a signal when there is room.
@@ -87,9 +87,26 @@ impl OutgoingRing {
         self.writer.data_len() - RESERVED_BYTES
     }
 
-    /// Whether a packet of `needed` bytes fits beside what is promised.
+    /// Bytes that have to be free for a packet of `needed` bytes to be sent, beside what is promised,
+    /// or `None` if only completions of ours can make that room.
+    ///
+    /// Room for one completion more is left free. If two ends filled their rings with packets, neither
+    /// could take the other's, for want of room to complete them: both would wait for ever. So each
+    /// can always take one, and as long as completions are no larger than what they complete, the next
+    /// one then. Ends that answer little with much, and both send without limit, need a protocol that
+    /// limits them. What does not fit a ring beside a completion is sent into an empty one.
+    fn wanted_for(&self, needed: u32) -> Option<u32> {
+        let wanted = self.promised.saturating_add(needed).saturating_add(self.completion_room);
+        match wanted <= self.most() {
+            true => Some(wanted),
+            false if self.promised == 0 => Some(self.most()),
+            false => None,
+        }
+    }
+
+    /// Whether a packet of `needed` bytes may be sent now.
     fn has_room(&mut self, needed: u32) -> Result<bool, RingError> {
-        let wanted = self.promised.saturating_add(needed);
+        let Some(wanted) = self.wanted_for(needed) else { return Ok(false) };
         if self.writer.free_cached() >= wanted {
             return Ok(true);
         }
@@ -164,7 +181,6 @@ impl Traffic {
             outstanding: 0,
             quota: u32::MAX,
             completion_size: 0,
-            completion_room: 0,
             starved: false,
             wants_room: false,
             draining: false,
@@ -187,13 +203,18 @@ impl Traffic {
         pool: Vec<Box<Body>>,
         completion_size: u32,
     ) {
-        self.ring = Some(OutgoingRing { writer, signal, promised: 0, asked: false });
+        self.ring = Some(OutgoingRing {
+            writer,
+            signal,
+            completion_room: packet_ring_bytes(0, completion_size),
+            promised: 0,
+            asked: false,
+        });
         self.pool = pool;
         self.outstanding = 0;
         self.starved = false;
         self.wants_room = false;
         self.completion_size = completion_size;
-        self.completion_room = packet_ring_bytes(0, completion_size);
     }
 
     /// Lets go of the ring and of everything that was reserved for it.
@@ -225,18 +246,20 @@ impl Traffic {
         }
         // Multiplied as 64 bits: both factors are below 2^20 here, but need not stay so.
         let room_wanted =
-            u64::from(ring.promised) + u64::from(packets) * u64::from(self.completion_room);
+            u64::from(ring.promised) + u64::from(packets) * u64::from(ring.completion_room);
         let mut free = ring.writer.free_cached();
         if u64::from(free) < room_wanted {
             free = ring.writer.free()?;
         }
         // Promises must not grow so far that the oldest queued packet would not fit an empty ring:
         // a busy device would keep it waiting for ever. One packet may always be outstanding.
+        let room = ring.completion_room.max(1);
         let spare = match self.queue.front() {
-            Some(packet) if ring.promised != 0 => ring.most().saturating_sub(packet.ring_bytes()),
+            Some(packet) if ring.promised != 0 => {
+                ring.most().saturating_sub(packet.ring_bytes().saturating_add(room))
+            }
             _ => ring.most(),
         };
-        let room = self.completion_room.max(1);
         let packets = packets.min(spare.saturating_sub(ring.promised) / room);
         if packets == 0 {
             self.starved = true;
@@ -248,7 +271,7 @@ impl Traffic {
             self.wants_room = true;
             return Ok(Err(Starved::Room));
         }
-        ring.promised += packets * self.completion_room;
+        ring.promised += packets * ring.completion_room;
         self.outstanding += packets;
         let keep = self.pool.len().saturating_sub(packets as usize);
         grant.extend(self.pool.drain(keep..));
@@ -314,7 +337,7 @@ impl Traffic {
         let packets = u32::try_from(packets).unwrap_or(u32::MAX);
         match &mut self.ring {
             Some(ring) => {
-                let room = packets.saturating_mul(self.completion_room);
+                let room = packets.saturating_mul(ring.completion_room);
                 ring.promised = ring.promised.saturating_sub(room);
             }
             None => self.pool.clear(), // the channel they belonged to is gone
@@ -505,18 +528,22 @@ impl Traffic {
     /// is not will not be read. Asked for by the receiver only, since a ring holds one request.
     pub(crate) fn await_room(&mut self) -> Result<bool, RingError> {
         let Some(ring) = &mut self.ring else { return Ok(false) };
-        let queued = self.queue.front().filter(|_| self.transmit).map(|head| head.ring_bytes());
-        let completion = std::mem::take(&mut self.wants_room).then_some(self.completion_room);
-        let needed = queued.into_iter().chain(completion).min();
-        let wanted = needed.map(|needed| ring.promised.saturating_add(needed));
-        match wanted {
-            Some(wanted) if wanted <= ring.most() => {
+        let queued = match self.queue.front() {
+            Some(packet) if self.transmit => {
+                let wanted = ring.wanted_for(packet.ring_bytes());
+                self.starved |= wanted.is_none();
+                wanted
+            }
+            _ => None,
+        };
+        let completion = std::mem::take(&mut self.wants_room)
+            .then(|| ring.promised.saturating_add(ring.completion_room));
+        match queued.into_iter().chain(completion).min() {
+            Some(wanted) => {
                 ring.asked = true;
                 ring.writer.request_space(wanted)
             }
-            wanted => {
-                // No reading of the peer's makes this room: completions have to be sent first.
-                self.starved |= wanted.is_some();
+            None => {
                 if std::mem::take(&mut ring.asked) {
                     ring.writer.clear_space_request();
                 }
