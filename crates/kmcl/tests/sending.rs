@@ -273,14 +273,15 @@ fn packets_wait_for_room_in_their_order() {
 /// driver is woken to ask for it.
 #[test]
 fn the_peer_is_asked_for_room() {
-    let raw = RawClient::open(|_| ());
+    let raw = RawClient::open(|client| client.init_set_maximum_completion_size(0).unwrap());
     let ring = &raw.peer.from_channel;
     while raw.client.outgoing_in_use().0 == 0 {
         raw.packet().send(&[0; 1000], None, NONE).unwrap();
     }
     assert_eq!(ring.word(Word::PendingSendSize), 0, "the receiver asks");
     raw.client.process(1);
-    assert_eq!(ring.word(Word::PendingSendSize), 1024);
+    // The packet's, and those of the completion that always has room.
+    assert_eq!(ring.word(Word::PendingSendSize), 1024 + 24);
     let mut reader = raw.peer.reader();
     let in_ring = read_all(&mut reader).len();
     raw.client.process(1);
@@ -399,6 +400,31 @@ fn a_ring_full_of_promises_waits_for_completions() {
         pair.pump();
     }
     assert_eq!(answers.take().len(), 40);
+    pair.close();
+}
+
+/// Two ends that send until their rings are full can still take each other's packets: each keeps room
+/// to complete one.
+#[test]
+fn two_ends_that_flood_each_other_both_go_on() {
+    let pair = Pair::open(Device::echo());
+    pair.driver.with_packets(|_, packet| {
+        let payload = packet.payload().to_vec();
+        packet.complete(&payload);
+    });
+    let (of_server, of_client) = (Arc::new(Answers::default()), Arc::new(Answers::default()));
+    for len in [8, 100, 1000, 4096] {
+        for n in 0..1000 {
+            send(&pair.server, n, &vec![1; len], &of_server);
+            send(&pair.client, n, &vec![2; len], &of_client);
+        }
+        assert_ne!(pair.server.outgoing_in_use().0, 0, "{len}: more than a ring");
+        assert_ne!(pair.client.outgoing_in_use().0, 0, "{len}: more than a ring");
+        pair.pump();
+        for answers in [&of_server, &of_client] {
+            assert_eq!(answers.take().len(), 1000, "{len}");
+        }
+    }
     pair.close();
 }
 

@@ -324,16 +324,18 @@ fn an_immediate_message_on_a_pipe_fits_with_its_header_or_fails() {
     let pair = Pair::open_with(Device::new(), |pair| {
         for channel in [&pair.server, &pair.client] {
             channel.init_set_flags(ChannelFlags::IS_PIPE).unwrap();
+            channel.init_set_maximum_completion_size(0).unwrap();
         }
     });
     let send = |len: usize| {
         pair.client.send_synchronous_request(&vec![0; len], None, NONE, None, Timeout::Immediate)
     };
-    // 28 KiB of data, less 8 that stay free: six packets of 4128 bytes leave 3896.
+    // 28 KiB of data, less 8 that stay free and 24 for a completion: six packets of 4128 bytes leave
+    // 3872.
     (0..6).for_each(|_| assert_eq!(send(4096), Ok(0)));
-    let error = Error::RingFull { needed: 16 + 8 + 3872 + 8 };
-    assert_eq!(send(3872), Err(error), "8 bytes too many, for the header");
-    assert_eq!(send(3864), Ok(0));
+    let error = Error::RingFull { needed: 16 + 8 + 3848 + 8 };
+    assert_eq!(send(3848), Err(error), "8 bytes too many, for the header");
+    assert_eq!(send(3840), Ok(0));
     assert_eq!(pair.client.outgoing_in_use(), (0, 0));
     pair.pump();
     assert_eq!(pair.device.take_packets().len(), 7);

@@ -149,6 +149,11 @@ impl Device {
         self.take_calls().into_iter().filter(is_change).collect()
     }
 
+    /// Packets delivered since the last look at calls.
+    pub(crate) fn delivered(&self) -> usize {
+        lock(&self.calls).iter().filter(|call| matches!(call, Call::Packet(_))).count()
+    }
+
     /// The payloads delivered since the last look; all else is left out.
     pub(crate) fn take_packets(&self) -> Vec<Vec<u8>> {
         let payload = |call| if let Call::Packet(payload) = call { Some(payload) } else { None };
