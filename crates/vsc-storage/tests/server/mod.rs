@@ -152,6 +152,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // A request that arrives from now on must not be held: `disable` would wait for it for ever.
+        self.set_policy(|_, _| Reply::Honest);
         self.core.held.lock().unwrap().drain(..).for_each(|(packet, _)| packet.complete(&[]));
         for channel in self.core.channels.lock().unwrap().drain(..) {
             channel.disable();
