@@ -164,18 +164,21 @@ fn main() -> Outcome<()> {
         walked.push(walk(&stream));
     }
     let peer = median_us(peer);
-    println!("FIGURE saved-state/stream/256x400B bytes={}", stream.len());
-    println!("FIGURE saved-state/memcpy+crc32c/256x400B time={peer:.1}us");
+    println!("FIGURE saved-state/stream/256x400B {} bytes", stream.len());
+    println!("FIGURE saved-state/memcpy+crc32c/256x400B {peer:.1} us");
     for (name, times, limit) in
         [("write", written, 4.0), ("read+decode", read_back, 8.0), ("inspect", walked, 0.0)]
     {
         let ours = median_us(times);
         let ratio = ours / peer;
-        let line = format!("saved-state/{name}/256x400B/64KiB ours={ours:.1} peer={peer:.1}");
+        let name = format!("saved-state/{name}/256x400B/64KiB");
         if limit == 0.0 {
-            println!("FIGURE {line} ratio={ratio:.2}");
+            println!("FIGURE {name} {ours:.1} us");
         } else {
-            println!("RATIO {line} ratio={ratio:.2} limit={limit:.1}");
+            let (ours, peer) = (ours * 1e3, peer * 1e3);
+            println!(
+                "RATIO {name} ours={ours:.0} peer={peer:.0} ratio={ratio:.2} limit={limit:.1}"
+            );
         }
     }
     Ok(())
