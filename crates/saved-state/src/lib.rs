@@ -13,6 +13,7 @@
 //! | module | what it has |
 //! |---|---|
 //! | [`writer`], [`reader`] | a stream chunk by chunk, into and out of the caller's buffers |
+//! | [`save`] | what is saved, as whoever keeps the bytes sees it |
 //! | [`header`] | what the first chunk says |
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
@@ -102,6 +103,7 @@ pub mod limits;
 mod protobuf;
 pub mod reader;
 pub mod record;
+pub mod save;
 pub mod schema;
 pub mod storage;
 #[cfg(any(test, feature = "test-utils"))]
@@ -117,6 +119,7 @@ pub use kind::{KindInfo, RecordKind, StreamKind};
 pub use prost;
 pub use reader::{Chunk, StreamReader};
 pub use record::{Decode, Encode, Record};
+pub use save::{Save, SaveError, SaveStep};
 pub use schema::{Field, Shape, Value};
 pub use version::FormatVersion;
 pub use writer::{Step, StreamWriter};
