@@ -12,6 +12,8 @@
 //!
 //! - After [`BusEvent::Opened`] a server's bus sends no second one before the channel called
 //!   [`ServerLink::closed`], or answered it with a failing [`ServerLink::open_result`].
+//! - An offer that is made again after a restore is the one that stood: where its channel was open, the
+//!   bus sends [`BusEvent::Opened`] with [`OpenRings::resumed`]; where it was being opened, without.
 //! - A bus that reports [`BusEvent::PeerClosed`] or [`BusEvent::Rescinded`] leaves ring memory mapped
 //!   until the channel says `closed`: callbacks may be running.
 //! - Events for one channel are bounded by the protocol: at most [`MAX_PENDING_EVENTS`] wait unread.
@@ -167,6 +169,9 @@ pub struct OpenRings {
     pub residency: Option<Arc<dyn Residency>>,
     /// Device-defined bytes of the client's open request.
     pub user_data: [u8; USER_DATA_SIZE],
+    /// The client has had the channel open since before a restore, and knows: the rings are in use,
+    /// and a successful [`ServerLink::open_result`] tells it nothing.
+    pub resumed: bool,
 }
 
 /// Guest memory that may have to be brought in before a device touches it (lazily restored, remote).
@@ -186,6 +191,11 @@ pub trait ServerLink: Send + Sync {
 
     /// Withdraws the offer. The guest learns of it by a rescind; no event answers.
     fn revoke(&self);
+
+    /// The channel goes on elsewhere: the bus forgets its endpoint, tells the guest nothing, and keeps
+    /// what the guest has of it. Nothing is called on this link afterwards, and dropping it withdraws
+    /// nothing.
+    fn moved_away(&self);
 
     /// The pages of a GPADL that the guest has created for this channel.
     ///

@@ -1,9 +1,11 @@
 //! A bus whose two ends are in one process: real rings in shared memory, no control messages, no
 //! hypervisor. A device and its driver run against each other as they would across a VM's border.
 //!
-//! Every offer is seen by every client of the same bus. Signals ring the other endpoint's doorbell.
+//! Every offer is seen by every client of the same bus. Signals ring the other endpoint's doorbell. A
+//! server that moves away leaves its offer and its rings behind, for who makes the same offer again.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmbus_memory::{GuestMemory, MappingBudget, MemoryError, PageAllocator, PageRun, RingPages};
@@ -48,6 +50,10 @@ struct OfferEntry {
     open: bool,
     /// The client has closed and its server has not let go yet: a client that opens again waits.
     closing: bool,
+    /// The server has moved away; whoever makes the same offer goes on with it.
+    moved: bool,
+    /// The open that the server was asked for, while the channel is open.
+    request: Option<OpenRequest>,
     /// The pages of the rings, while the server may use them.
     ring: Option<Arc<PageRun>>,
 }
@@ -120,8 +126,15 @@ impl Bus for LoopbackBus {
             if state.offers.len() >= BOUND {
                 return Err(NtStatus::INSUFFICIENT_RESOURCES);
             }
-            if state.offers.values().any(|entry| entry.is_same(&offer)) {
-                return Err(NtStatus::INVALID_PARAMETER);
+            if let Some((&id, entry)) =
+                state.offers.iter_mut().find(|(_, entry)| entry.is_same(&offer))
+            {
+                if !entry.moved {
+                    return Err(NtStatus::INVALID_PARAMETER);
+                }
+                (entry.moved, entry.offer, entry.server) = (false, offer, endpoint);
+                drop(state);
+                return Ok(world.go_on(id));
             }
             let id = state.next_id();
             state.offers.insert(
@@ -132,13 +145,15 @@ impl Bus for LoopbackBus {
                     client: None,
                     open: false,
                     closing: false,
+                    moved: false,
+                    request: None,
                     ring: None,
                 },
             );
             (id, state.bind_waiting())
         };
         send(post);
-        Ok(Box::new(LoopbackServer { world: Arc::clone(world), id }))
+        Ok(Box::new(LoopbackServer::new(world, id)))
     }
 
     fn bind(&self, target: Target, endpoint: Endpoint) -> Result<Box<dyn ClientLink>, NtStatus> {
@@ -228,6 +243,13 @@ impl State {
 struct LoopbackServer {
     world: Arc<World>,
     id: u32,
+    moved: AtomicBool,
+}
+
+impl LoopbackServer {
+    fn new(world: &Arc<World>, id: u32) -> Self {
+        Self { world: Arc::clone(world), id, moved: AtomicBool::new(false) }
+    }
 }
 
 impl ServerLink for LoopbackServer {
@@ -238,6 +260,7 @@ impl ServerLink for LoopbackServer {
             if !status.is_success() {
                 offer.open = false;
                 offer.ring = None;
+                offer.request = None;
             }
             let Some(client) = offer.client.and_then(|id| state.clients.get_mut(&id)) else {
                 return;
@@ -265,6 +288,7 @@ impl ServerLink for LoopbackServer {
             offer.open = false;
             offer.closing = false;
             offer.ring = None;
+            offer.request = None;
             let client = offer.client.and_then(|id| Some((id, clients.get_mut(&id)?)));
             match client {
                 Some((id, client)) => client.waiting.take().map(|request| (id, request)),
@@ -297,6 +321,18 @@ impl ServerLink for LoopbackServer {
         send(post);
     }
 
+    fn moved_away(&self) {
+        self.moved.store(true, Ordering::Relaxed);
+        let mut state = lock(&self.world.state);
+        if let Some(offer) = state.offers.get_mut(&self.id) {
+            offer.moved = true;
+        }
+        // Nobody has them mapped any more; whoever goes on with the channel maps them anew.
+        for gpadl in state.gpadls.values_mut().filter(|gpadl| gpadl.offer == self.id) {
+            gpadl.in_use = false;
+        }
+    }
+
     fn gpadl(&self, gpadl: u32) -> Result<GpadlPages, NtStatus> {
         let state = lock(&self.world.state);
         let entry = state.gpadls.get(&gpadl).filter(|entry| entry.offer == self.id);
@@ -324,7 +360,9 @@ impl ServerLink for LoopbackServer {
 
 impl Drop for LoopbackServer {
     fn drop(&mut self) {
-        self.revoke();
+        if !self.moved.load(Ordering::Relaxed) {
+            self.revoke();
+        }
     }
 }
 
@@ -428,6 +466,7 @@ impl World {
                 Some(offer) => {
                     self.make_rings(&request, offer, client).map(|(ring, server, own)| {
                         offer.open = true;
+                        offer.request = Some(request);
                         offer.ring = Some(Arc::clone(&ring));
                         client.ring = Some(ring);
                         client.rings = Some(own);
@@ -443,6 +482,39 @@ impl World {
         send(vec![rings]);
     }
 
+    /// An offer that was made again after its server had moved away: goes on with what was there.
+    fn go_on(self: &Arc<Self>, id: u32) -> Box<LoopbackServer> {
+        let server = Box::new(LoopbackServer::new(self, id));
+        let mut state = lock(&self.state);
+        let State { offers, clients, .. } = &mut *state;
+        let Some(offer) = offers.get(&id).filter(|offer| offer.open) else { return server };
+        if offer.closing {
+            // The former server has nothing of it any more, and the new one never had.
+            drop(state);
+            server.closed();
+            return server;
+        }
+        let client = offer.client.and_then(|id| clients.get(&id));
+        let (Some(client), Some(request), Some(ring)) = (client, &offer.request, &offer.ring)
+        else {
+            return server;
+        };
+        // An open that the former server had not accepted is still to be answered.
+        let resumed = client.rings.is_none();
+        match self.server_rings(request, ring, client) {
+            Ok(rings) => {
+                let events = offer.server.events.clone();
+                let opened = BusEvent::Opened(OpenRings { resumed, ..rings });
+                drop(state);
+                send(vec![(events, opened)]);
+            }
+            Err(status) => {
+                tracing::error!(%status, "the rings of a channel cannot be mapped again")
+            }
+        }
+        server
+    }
+
     fn make_rings(
         &self,
         request: &OpenRequest,
@@ -451,34 +523,62 @@ impl World {
     ) -> Result<(Arc<PageRun>, OpenRings, OpenRings), NtStatus> {
         let no_memory = NtStatus::INSUFFICIENT_RESOURCES;
         let pages = request.outgoing_pages.checked_add(request.incoming_pages).ok_or(no_memory)?;
-        let run = self.pages.allocate(pages).map_err(|_| no_memory)?;
-        let pfns: Vec<u64> = run.pfns().collect();
-        let (to_server, to_client) = pfns
-            .split_at_checked(request.outgoing_pages as usize)
-            .ok_or(NtStatus::INVALID_PARAMETER)?;
-        for ring in [to_server, to_client] {
+        let run = Arc::new(self.pages.allocate(pages).map_err(|_| no_memory)?);
+        let (to_server, to_client) = split(request, &run)?;
+        for ring in [&to_server, &to_client] {
             let control = ring.first().copied().ok_or(NtStatus::INVALID_PARAMETER)?;
             let page = u64::from(vmbus_wire::PAGE_SIZE_U32);
             self.memory.fill(control * page, page, 0).map_err(|_| no_memory)?;
+            let ring = RingPages::map(&self.memory, ring, &self.mappings);
+            vmbus_ring::initialize(&ring.map_err(|_| no_memory)?);
         }
-        let map = |pfns| RingPages::map(&self.memory, pfns, &self.mappings).map_err(|_| no_memory);
-        for ring in [to_server, to_client] {
-            vmbus_ring::initialize(&map(ring)?);
-        }
-        let ends = |incoming, outgoing, peer: &Endpoint| {
-            Ok(OpenRings {
-                incoming: map(incoming)?,
-                outgoing: map(outgoing)?,
-                memory: self.memory.clone(),
-                signal: Arc::new(RingBell(Arc::clone(&peer.doorbell))),
-                residency: lock(&self.residency).clone(),
-                user_data: request.user_data,
-            })
-        };
-        let server = ends(to_server, to_client, &client.client)?;
-        let own = ends(to_client, to_server, &offer.server)?;
-        Ok((Arc::new(run), server, own))
+        let server = self.server_rings(request, &run, client)?;
+        let own = self.ends(request, &to_client, &to_server, &offer.server)?;
+        Ok((run, server, own))
     }
+
+    /// The server's ends of rings that are there.
+    fn server_rings(
+        &self,
+        request: &OpenRequest,
+        run: &PageRun,
+        client: &ClientEntry,
+    ) -> Result<OpenRings, NtStatus> {
+        let (to_server, to_client) = split(request, run)?;
+        self.ends(request, &to_server, &to_client, &client.client)
+    }
+
+    fn ends(
+        &self,
+        request: &OpenRequest,
+        incoming: &[u64],
+        outgoing: &[u64],
+        peer: &Endpoint,
+    ) -> Result<OpenRings, NtStatus> {
+        let map = |pfns| {
+            RingPages::map(&self.memory, pfns, &self.mappings)
+                .map_err(|_| NtStatus::INSUFFICIENT_RESOURCES)
+        };
+        Ok(OpenRings {
+            incoming: map(incoming)?,
+            outgoing: map(outgoing)?,
+            memory: self.memory.clone(),
+            signal: Arc::new(RingBell(Arc::clone(&peer.doorbell))),
+            residency: lock(&self.residency).clone(),
+            user_data: request.user_data,
+            resumed: false,
+        })
+    }
+}
+
+/// The pages of the ring to the server, and of that to the client.
+fn split(request: &OpenRequest, run: &PageRun) -> Result<(Vec<u64>, Vec<u64>), NtStatus> {
+    let mut to_server: Vec<u64> = run.pfns().collect();
+    if to_server.len() < request.outgoing_pages as usize {
+        return Err(NtStatus::INVALID_PARAMETER);
+    }
+    let to_client = to_server.split_off(request.outgoing_pages as usize);
+    Ok((to_server, to_client))
 }
 
 /// A signal that is heard at once: it rings the other endpoint's doorbell.

@@ -233,6 +233,12 @@ impl HostBus {
         drop(device); // foreign code, not under the lock
     }
 
+    /// The device of an offer takes no further events; what the guest has of it stays as it is.
+    pub(crate) fn forget_device(&self, offer: OfferId) {
+        let device = self.lock().devices.remove(&offer);
+        drop(device); // foreign code, not under the lock
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.shared.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -335,8 +341,9 @@ impl HostBus {
         self.lock().active.insert(offer, active);
 
         let user_data = rings.user_data;
-        let residency = None;
-        let opened = OpenRings { incoming, outgoing, memory, signal, residency, user_data };
+        let (residency, resumed) = (None, false);
+        let opened =
+            OpenRings { incoming, outgoing, memory, signal, residency, user_data, resumed };
         if device.events.post(BusEvent::Opened(opened)) {
             return Ok(());
         }

@@ -1,20 +1,23 @@
 //! A device's end of the seam.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use kmcl::bus::{GpadlPages, ServerLink};
 use vmbus_wire::status::NtStatus;
 
 use crate::bus::HostBus;
 use crate::offer::OfferId;
 
-/// Withdraws the offer when dropped.
+/// Withdraws the offer when dropped, unless its channel has moved away.
 pub(crate) struct HostLink {
     bus: HostBus,
     offer: OfferId,
+    moved: AtomicBool,
 }
 
 impl HostLink {
     pub(crate) fn new(bus: HostBus, offer: OfferId) -> Self {
-        Self { bus, offer }
+        Self { bus, offer, moved: AtomicBool::new(false) }
     }
 }
 
@@ -31,6 +34,11 @@ impl ServerLink for HostLink {
         self.bus.step(|host, effects| host.revoke(self.offer, effects));
     }
 
+    fn moved_away(&self) {
+        self.moved.store(true, Ordering::Relaxed);
+        self.bus.forget_device(self.offer);
+    }
+
     fn gpadl(&self, gpadl: u32) -> Result<GpadlPages, NtStatus> {
         let pages = self.bus.inspect(|host| host.gpadl(self.offer, gpadl).cloned());
         pages.map_err(|_| NtStatus::INVALID_PARAMETER_3)
@@ -43,6 +51,8 @@ impl ServerLink for HostLink {
 
 impl Drop for HostLink {
     fn drop(&mut self) {
-        self.bus.drop_device(self.offer);
+        if !self.moved.load(Ordering::Relaxed) {
+            self.bus.drop_device(self.offer);
+        }
     }
 }

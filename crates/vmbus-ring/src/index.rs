@@ -66,6 +66,19 @@ impl<W: ControlWords> ReadEnd<W> {
         Ok(Self { words, size, position, published: position, available: 0 })
     }
 
+    /// Goes on at `position`, which this end had reached before and was kept elsewhere, whatever the
+    /// ring says of it: the word is in the peer's reach. Masked, like a new end.
+    ///
+    /// # Errors
+    /// A position that is none. Nothing has changed then.
+    pub fn resume_at(&mut self, position: u32) -> Result<(), RingError> {
+        let position = check(Index::Read, position, self.size)?;
+        self.words.store(Word::InterruptMask, 1, Relaxed);
+        self.words.store(Word::ReadIndex, position, Release);
+        (self.position, self.published, self.available) = (position, position, 0);
+        Ok(())
+    }
+
     /// The control words.
     #[inline]
     pub fn words(&self) -> &W {
@@ -220,6 +233,20 @@ impl<W: ControlWords> WriteEnd<W> {
         // The indices would be equal if the ring were filled up, so some bytes stay free.
         let free = size - RESERVED_BYTES - distance(read, position, size);
         Ok(Self { words, size, position, published: position, free })
+    }
+
+    /// Goes on at `position`, which this end had reached before and was kept elsewhere, whatever the
+    /// ring says of it: the word is in the peer's reach.
+    ///
+    /// # Errors
+    /// A position that is none, or a reader's index that is none. Nothing has changed then.
+    pub fn resume_at(&mut self, position: u32) -> Result<(), RingError> {
+        let position = check(Index::Write, position, self.size)?;
+        let read = check(Index::Read, self.words.load(Word::ReadIndex, Acquire), self.size)?;
+        self.words.store(Word::WriteIndex, position, Release);
+        (self.position, self.published) = (position, position);
+        self.free = self.size - RESERVED_BYTES - distance(read, position, self.size);
+        Ok(())
     }
 
     /// The control words.

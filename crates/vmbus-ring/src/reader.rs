@@ -63,6 +63,17 @@ impl RingReader {
         Ok(Self { end: ReadEnd::new(pages, size)?, peeked: 0 })
     }
 
+    /// Goes on at `read_index`, which this end had reached before ([`Self::read_index`]) and was kept
+    /// in a saved state: the ring's own word is in the writer's reach.
+    ///
+    /// # Errors
+    /// An index that is none. Nothing has changed then.
+    pub fn resume_at(&mut self, read_index: u32) -> Result<(), RingError> {
+        self.end.resume_at(read_index)?;
+        self.peeked = 0;
+        Ok(())
+    }
+
     /// The next unread packet. The writer's index is loaded only when everything known has been
     /// read.
     ///

@@ -81,6 +81,15 @@ impl RingWriter {
         Ok(Self { end: WriteEnd::new(pages, size)?, max_packet_bytes })
     }
 
+    /// Goes on at `write_index`, which this end had reached before ([`Self::write_index`]) and was
+    /// kept in a saved state: the ring's own word is in the reader's reach.
+    ///
+    /// # Errors
+    /// An index that is none. Nothing has changed then.
+    pub fn resume_at(&mut self, write_index: u32) -> Result<(), RingError> {
+        self.end.resume_at(write_index)
+    }
+
     /// Bytes free for whole packets, descriptors and trailers included, looking at the reader's
     /// index. Packets put in and not published count as used.
     ///

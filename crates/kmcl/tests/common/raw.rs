@@ -21,6 +21,7 @@ pub(crate) enum Said {
     OpenResult(NtStatus),
     Closed,
     Revoke,
+    MovedAway,
     InUse(u32, bool),
     /// Pages asked for: incoming and outgoing.
     Open(u32, u32),
@@ -217,6 +218,7 @@ impl RawBus {
             signal: signals,
             residency: state.residency.clone(),
             user_data: [0x5a; USER_DATA_SIZE],
+            resumed: false,
         };
         (peer, rings)
     }
@@ -425,6 +427,9 @@ impl ServerLink for Line {
     }
     fn revoke(&self) {
         self.say(Said::Revoke);
+    }
+    fn moved_away(&self) {
+        self.say(Said::MovedAway);
     }
     fn gpadl(&self, gpadl: u32) -> Result<GpadlPages, NtStatus> {
         let state = lock(&self.0.state);

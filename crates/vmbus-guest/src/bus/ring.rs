@@ -71,6 +71,7 @@ impl Ring {
     pub(super) fn take(&mut self) -> Option<OpenRings> {
         let Prepared { incoming, outgoing, signal, user_data } = self.prepared.take()?;
         let memory = self.pages.memory().clone();
-        Some(OpenRings { incoming, outgoing, memory, signal, residency: None, user_data })
+        let (residency, resumed) = (None, false);
+        Some(OpenRings { incoming, outgoing, memory, signal, residency, user_data, resumed })
     }
 }
