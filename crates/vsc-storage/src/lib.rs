@@ -11,6 +11,7 @@
 //! | a lot of data, in order | [`StorageClient::read_extents`], [`write_extents`](StorageClient::write_extents) |
 //! | full control | [`StorageClient::submit`], [`wait`](StorageClient::wait), [`next_completion`](StorageClient::next_completion) |
 //! | hot add and removal | [`StorageClient::next_notice`] |
+//! | proving that nothing is lost | [`ledger::Ledger`] |
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -45,6 +46,7 @@ mod driver;
 mod error;
 mod handshake;
 mod inbox;
+pub mod ledger;
 mod link;
 mod notice;
 mod pipeline;
