@@ -120,6 +120,9 @@ pub struct ChannelRecord {
     /// Incoming packets are delivered only by a thread that may sleep.
     #[prost(bool, tag = "22")]
     pub processing_at_passive: bool,
+    /// It delivers nothing more until it was closed and opened again, because of a bad packet.
+    #[prost(bool, tag = "23")]
+    pub stopped: bool,
 }
 
 impl Record for ChannelRecord {
@@ -151,6 +154,7 @@ impl Record for ChannelRecord {
             Field::new(20, "incoming_packets", Shape::Uint32),
             Field::new(21, "transaction_uses", Shape::Uint32),
             Field::new(22, "processing_at_passive", Shape::Bool),
+            Field::new(23, "stopped", Shape::Bool),
         ],
         check: record::check::<Self>,
     };

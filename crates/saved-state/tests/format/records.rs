@@ -239,7 +239,7 @@ fn incoming_of(record: &IncomingPacketRecord<'_>) -> Incoming {
 }
 
 pub(crate) fn channel() -> impl Strategy<Value = ChannelRecord> {
-    (1..=2, vec(any::<bool>(), 5), vec(any::<u32>(), 15), vec(any::<u8>(), 0..=120)).prop_map(
+    (1..=2, vec(any::<bool>(), 6), vec(any::<u32>(), 15), vec(any::<u8>(), 0..=120)).prop_map(
         |(side, flags, numbers, user_data)| ChannelRecord {
             side,
             started: flags[0],
@@ -263,6 +263,8 @@ pub(crate) fn channel() -> impl Strategy<Value = ChannelRecord> {
             incoming_packets: numbers[13],
             transaction_uses: numbers[14],
             processing_at_passive: flags[4],
+            stopped: flags[0] && flags[4],
+            stopped: flags[5],
         },
     )
 }
