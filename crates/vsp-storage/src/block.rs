@@ -5,12 +5,13 @@
 //! keeps the vectors and the [`Buffers`] for the next ones.
 //!
 //! ```text
-//!   submit(requests) ──► held (order)  ──► waiting (no slot) ──► running ──► IoDone
-//!                          │  never started  │                   │
+//!   submit ──► held (order) ──► waiting (no slot) ──► running ──► reap: Done
+//!                 │                │                     │
+//!   cancel ───────┴── NeverStarted ┘                     └──────► reap: Done or Cancelled
 //! ```
 //!
 //! A back end that finishes later has a descriptor to wait on; when it becomes readable,
-//! [`Backend::reap`] takes what is finished.
+//! [`Backend::reap`] takes what is finished. [`Backend::cancel`] asks for requests back before that.
 
 mod buffers;
 mod event;
@@ -21,6 +22,8 @@ mod order;
 mod perform;
 mod ram;
 mod syscalls;
+#[cfg(feature = "test-utils")]
+mod test_medium;
 mod threads;
 mod uring;
 mod workers;
@@ -36,6 +39,10 @@ pub use buffers::{Buffers, BuffersError, MAX_SEGMENTS};
 pub use file::{Engine, FileOptions, MAX_THREADS, QUEUE_DEPTH, open_file};
 pub use image::{CacheMode, ImageError};
 pub use ram::RamBackend;
+#[cfg(feature = "test-utils")]
+pub use test_medium::{
+    Fate, MAX_HISTORY, MAX_REQUESTS, TestBackend, TestEvent, TestIo, TestMedium, TestStep, TestTime,
+};
 
 /// What a request does to the bytes it names.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -88,13 +95,39 @@ pub struct IoRequest {
     pub buffers: Buffers,
 }
 
-/// A request that is finished. The buffers are the requester's again.
+/// A request that has come out of a back end: nothing of it is under way any more, whatever the
+/// outcome, and the buffers are the requester's again.
 #[derive(Debug)]
 pub struct IoDone {
     /// As it was submitted.
     pub request: IoRequest,
-    /// How it went.
-    pub result: Result<(), IoError>,
+    /// What became of it.
+    pub outcome: IoOutcome,
+}
+
+impl IoDone {
+    /// A request that was performed, well or not.
+    #[must_use]
+    pub fn finished(request: IoRequest, result: Result<(), IoError>) -> Self {
+        Self { request, outcome: IoOutcome::Done(result) }
+    }
+}
+
+/// What became of a request. Whoever hands it to another back end later, perhaps in another process,
+/// relies on this alone: with each of them the back end says that nothing can reach the medium or
+/// the buffers any more.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IoOutcome {
+    /// It was performed.
+    Done(Result<(), IoError>),
+    /// It was asked back ([`Backend::cancel`]) before any of it was begun.
+    NeverStarted,
+    /// It was asked back after it was begun, and the system confirms that it goes no further.
+    Cancelled {
+        /// Its first bytes that are done for good; what is behind them is undefined. Performing the
+        /// rest, or all of it again, performs the request.
+        moved: u64,
+    },
 }
 
 /// Why a request failed. It says nothing about how much was done before.
@@ -177,6 +210,23 @@ pub trait Backend: Send + Sync {
     /// Adds what has finished to `done`. Never blocks.
     fn reap(&self, done: &mut Vec<IoDone>) {
         let _ = done;
+    }
+
+    /// Asks for the requests back whose tokens are `wanted`. Those that were not begun are added to
+    /// `done` at once, as [`IoOutcome::NeverStarted`]. Those that were are cancelled where that is
+    /// possible, and come out here or of [`Backend::reap`] when it is certain what became of them:
+    /// they may still turn out to be [`IoOutcome::Done`]. Never blocks for long.
+    ///
+    /// A back end that does not know how to cancel lets its requests finish.
+    fn cancel(&self, wanted: &dyn Fn(u64) -> bool, done: &mut Vec<IoDone>) {
+        let _ = (wanted, done);
+    }
+
+    /// Reads from byte `offset` on in the calling thread, past all queues, as long as it takes;
+    /// `None` if this back end cannot. Only asked for while no write is in flight there.
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> Option<Result<(), IoError>> {
+        let _ = (offset, into);
+        None
     }
 
     /// Does a read or a write at once, if this back end is as fast as memory; `None` if it has to be

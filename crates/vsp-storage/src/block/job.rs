@@ -4,7 +4,7 @@ use rustix::io::Errno;
 
 use super::image::Image;
 use super::order::{Class, Sharing, Ticket};
-use super::{IoError, IoOperation, IoRequest};
+use super::{IoDone, IoError, IoOperation, IoOutcome, IoRequest};
 
 /// How a request is performed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -21,11 +21,26 @@ pub(super) enum Way {
     ByHand,
 }
 
-/// A request that has not started.
+/// A request that waits for its turn.
 #[derive(Debug)]
 pub(super) struct Waiting {
     pub(super) request: IoRequest,
     pub(super) way: Way,
+    /// It was tried before, another way: something of it may have happened.
+    pub(super) was_tried: bool,
+}
+
+impl Waiting {
+    /// A request that is new.
+    pub(super) fn new(request: IoRequest, way: Way) -> Self {
+        Self { request, way, was_tried: false }
+    }
+
+    /// Lets it come out as what it is when it is taken out of the queue.
+    pub(super) fn withdrawn(self) -> IoDone {
+        let Self { request, was_tried, .. } = self;
+        come_out(request, was_tried, withdrawn(was_tried, 0))
+    }
 }
 
 /// A request that may start or has started.
@@ -36,13 +51,40 @@ pub(super) struct Job {
     pub(super) ticket: Ticket,
     /// Bytes that are done.
     pub(super) progress: u64,
+    /// It was given to the system at least once: something of it may have happened.
+    pub(super) was_tried: bool,
+    /// It is wanted back: it does not go on once the system lets go of it.
+    pub(super) is_cancelled: bool,
 }
 
 impl Job {
     pub(super) fn new((waiting, ticket): (Waiting, Ticket)) -> Self {
-        let Waiting { request, way } = waiting;
-        Self { request, way, ticket, progress: 0 }
+        let Waiting { request, way, was_tried } = waiting;
+        Self { request, way, ticket, progress: 0, was_tried, is_cancelled: false }
     }
+
+    /// What it comes back as while the system does not have it.
+    pub(super) fn withdrawn(&self) -> IoOutcome {
+        withdrawn(self.was_tried, self.progress)
+    }
+
+    /// Lets it come out, while the system does not have it.
+    pub(super) fn come_out(self, outcome: IoOutcome) -> IoDone {
+        come_out(self.request, self.was_tried, outcome)
+    }
+}
+
+fn come_out(request: IoRequest, was_tried: bool, outcome: IoOutcome) -> IoDone {
+    if was_tried && request.operation == IoOperation::Read {
+        // However it ended: the system may have written to all of them.
+        request.buffers.mark_written();
+    }
+    IoDone { request, outcome }
+}
+
+/// The outcome of a request that nobody works on, and nobody will.
+fn withdrawn(was_tried: bool, moved: u64) -> IoOutcome {
+    if was_tried { IoOutcome::Cancelled { moved } } else { IoOutcome::NeverStarted }
 }
 
 /// Checks a request against the image and chooses the way; `None` if there is nothing to do.

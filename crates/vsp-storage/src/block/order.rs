@@ -113,23 +113,56 @@ impl<T> Order<T> {
             return;
         };
         self.release(ticket);
+        self.forget_write(ticket);
+        self.start_flushes(ready);
+        self.start_held(ready);
+    }
+
+    /// No flush waits for this write any more.
+    fn forget_write(&mut self, ticket: Ticket) {
         let index = usize::try_from(ticket.epoch.wrapping_sub(self.first_epoch)).ok();
         if let Some(epoch) = index.and_then(|index| self.epochs.get_mut(index)) {
             epoch.writes = epoch.writes.saturating_sub(1);
         }
+    }
+
+    fn start_flushes(&mut self, ready: &mut Vec<(T, Ticket)>) {
         while self.epochs.len() > 1 && self.epochs.front().is_some_and(|front| front.writes == 0) {
             self.first_epoch += 1;
             if let Some(flush) = self.epochs.pop_front().and_then(|front| front.flush) {
                 ready.push((flush, Ticket { class: Class::Flush, epoch: self.first_epoch }));
             }
         }
+    }
+
+    /// Takes the held requests that `wanted` names out, in order, as if they had never come. What may
+    /// start now is added to `ready`.
+    pub(super) fn withdraw(
+        &mut self,
+        wanted: impl Fn(&T) -> bool,
+        withdrawn: &mut Vec<T>,
+        ready: &mut Vec<(T, Ticket)>,
+    ) {
+        // An epoch whose flush has gone stays closed: the next flush waits for it all the same.
+        for epoch in &mut self.epochs {
+            withdrawn.extend(epoch.flush.take_if(|flush| wanted(flush)));
+        }
+        for (item, ticket) in std::mem::take(&mut self.held) {
+            if wanted(&item) {
+                withdrawn.push(item);
+                self.forget_write(ticket);
+            } else {
+                self.held.push_back((item, ticket));
+            }
+        }
+        self.start_flushes(ready);
         self.start_held(ready);
     }
 
     /// How many requests are held.
     #[cfg(test)]
     fn held(&self) -> usize {
-        self.held.len() + self.epochs.len() - 1
+        self.held.len() + self.epochs.iter().filter(|epoch| epoch.flush.is_some()).count()
     }
 
     fn release(&mut self, ticket: Ticket) {
@@ -265,18 +298,50 @@ mod tests {
         assert_eq!(names(&ready), ["flush"]);
     }
 
+    #[test]
+    fn what_is_withdrawn_holds_nothing_back() {
+        let (mut order, mut ready, mut gone) = (Order::new(), Vec::new(), Vec::new());
+        order.admit("direct", DIRECT, &mut ready);
+        order.admit("buffered", BUFFERED, &mut ready);
+        order.admit("flush1", Class::Flush, &mut ready);
+        order.admit("write", ANY, &mut ready);
+        order.admit("flush2", Class::Flush, &mut ready);
+        assert_eq!(names(&ready), ["direct", "write"]);
+        let (direct, write) = (ready[0].1, ready[1].1);
+        ready.clear();
+        order.withdraw(|name| matches!(*name, "buffered" | "flush1"), &mut gone, &mut ready);
+        assert_eq!((gone.as_slice(), names(&ready)), (&["flush1", "buffered"][..], vec![]));
+        order.finish(write, &mut ready);
+        assert_eq!(names(&ready), [""; 0], "the second flush still waits for the direct write");
+        order.finish(direct, &mut ready);
+        assert_eq!(names(&ready), ["flush2"]);
+        assert_eq!(order.held(), 0);
+        // With all it waited for withdrawn, a flush starts.
+        let (mut order, mut ready, mut gone) = (Order::new(), Vec::new(), Vec::new());
+        order.admit("direct", DIRECT, &mut ready);
+        order.admit("buffered", BUFFERED, &mut ready);
+        order.finish(ready.pop().unwrap().1, &mut ready); // starts "buffered"
+        order.admit("direct2", DIRECT, &mut ready);
+        order.admit("flush", Class::Flush, &mut ready);
+        let (_, buffered) = ready.pop().unwrap();
+        order.finish(buffered, &mut ready);
+        order.withdraw(|name| *name == "flush", &mut gone, &mut ready);
+        assert_eq!((gone.as_slice(), names(&ready)), (&["flush"][..], vec!["direct2"]));
+    }
+
     proptest! {
-        /// Whatever comes and in whatever order it finishes: everything starts once, no flush starts
-        /// before an earlier write has finished, and the two kinds of write never run together.
+        /// Whatever comes and in whatever order it finishes or is withdrawn: everything else starts
+        /// once, no flush starts before an earlier write has gone, and the two kinds of write never
+        /// run together.
         #[test]
         fn the_rules_hold(
-            script in proptest::collection::vec((0u8..5, any::<u16>()), 1..60),
+            script in proptest::collection::vec((0u8..6, any::<u16>()), 1..60),
         ) {
             let mut order = Order::new();
             let mut classes = Vec::new();
             let mut running: Vec<(usize, Ticket)> = Vec::new();
             let mut finished = std::collections::HashSet::new();
-            let mut starts = 0;
+            let mut left = 0;
             let mut steps = script.into_iter();
             loop {
                 let mut ready = Vec::new();
@@ -286,10 +351,18 @@ mod tests {
                         order.admit(classes.len(), class, &mut ready);
                         classes.push(class);
                     }
-                    Some((_, which)) if !running.is_empty() => {
+                    Some((4, which)) if !running.is_empty() => {
                         let (id, ticket) = running.remove(usize::from(which) % running.len());
                         finished.insert(id);
                         order.finish(ticket, &mut ready);
+                    }
+                    Some((5, which)) => {
+                        let mut gone = Vec::new();
+                        let wanted = |id: &usize| id % 3 == usize::from(which % 3);
+                        order.withdraw(wanted, &mut gone, &mut ready);
+                        prop_assert!(gone.iter().all(wanted));
+                        left += gone.len();
+                        finished.extend(gone);
                     }
                     Some(_) => {}
                     None => match running.pop() {
@@ -301,7 +374,7 @@ mod tests {
                     },
                 }
                 for (id, ticket) in ready {
-                    starts += 1;
+                    left += 1;
                     if classes[id] == Class::Flush {
                         let earlier = (0..id).filter(|&i| matches!(classes[i], Class::Write(_)));
                         prop_assert!(earlier.into_iter().all(|i| finished.contains(&i)), "flush {id}");
@@ -311,7 +384,7 @@ mod tests {
                 let runs = |class| running.iter().any(|&(id, _)| classes[id] == class);
                 prop_assert!(!(runs(DIRECT) && runs(BUFFERED)));
             }
-            prop_assert_eq!(starts, classes.len());
+            prop_assert_eq!(left, classes.len());
             prop_assert_eq!(order.held(), 0);
         }
     }

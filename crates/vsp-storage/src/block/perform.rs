@@ -1,5 +1,7 @@
 //! Performing a request in the calling thread.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use rustix::io::{Errno, ReadWriteFlags, pread, pwrite};
 
@@ -28,6 +30,8 @@ pub(super) enum Performed {
     Finished(Result<(), IoError>),
     /// The system refused the way; perhaps there is another.
     Refused(Errno),
+    /// It was wanted back in between: its first bytes are done, the others are not and will not be.
+    Interrupted,
 }
 
 /// What `fallocate` has to do for an operation.
@@ -40,28 +44,39 @@ pub(super) fn allocate_mode(operation: IoOperation) -> FallocateFlags {
     mode | FallocateFlags::KEEP_SIZE
 }
 
-/// Performs `job`; blocks until it is finished.
-pub(super) fn perform(image: &Image, job: &mut Job, scratch: &mut Scratch) -> Performed {
+/// Performs `job`; blocks until it is finished, or until the next step after `interrupt` is set.
+pub(super) fn perform(
+    image: &Image,
+    job: &mut Job,
+    scratch: &mut Scratch,
+    interrupt: &AtomicBool,
+) -> Performed {
     let request = &job.request;
     let (operation, offset, bytes) = (request.operation, request.offset, request.bytes);
     match job.way {
-        Way::Direct | Way::Buffered => transfer(image, job),
+        Way::Direct | Way::Buffered => transfer(image, job, interrupt),
         Way::Sync => Performed::Finished(image.judge_flush(fdatasync(image.file()))),
         Way::Allocate => match fallocate(image.file(), allocate_mode(operation), offset, bytes) {
             Ok(()) => Performed::Finished(Ok(())),
             Err(errno) => Performed::Refused(errno),
         },
-        Way::ByHand => Performed::Finished(by_hand(image, job, scratch)),
+        Way::ByHand => match by_hand(image, job, scratch, interrupt) {
+            Ok(()) if job.progress < bytes => Performed::Interrupted,
+            result => Performed::Finished(result),
+        },
     }
 }
 
-fn transfer(image: &Image, job: &mut Job) -> Performed {
+fn transfer(image: &Image, job: &mut Job, interrupt: &AtomicBool) -> Performed {
     let request = &mut job.request;
     let file = match job.way {
         Way::Direct => image.direct_file().unwrap_or(image.file()),
         _ => image.file(),
     };
     while job.progress < request.bytes {
+        if job.progress > 0 && interrupt.load(Ordering::Relaxed) {
+            return Performed::Interrupted;
+        }
         let at = request.offset + job.progress;
         let moved = match request.operation {
             IoOperation::Write { fua } => {
@@ -78,9 +93,6 @@ fn transfer(image: &Image, job: &mut Job) -> Performed {
             Err(Errno::INTR) => {}
             Err(errno) => return Performed::Refused(errno),
         }
-    }
-    if request.operation == IoOperation::Read {
-        request.buffers.mark_written();
     }
     Performed::Finished(Ok(()))
 }
@@ -99,13 +111,19 @@ pub(super) fn nothing_moved(operation: IoOperation, at: u64) -> IoError {
     }
 }
 
-fn by_hand(image: &Image, job: &mut Job, scratch: &mut Scratch) -> Result<(), IoError> {
+/// Goes through the range step by step; [`Job::progress`] says how far it came.
+fn by_hand(
+    image: &Image,
+    job: &mut Job,
+    scratch: &mut Scratch,
+    interrupt: &AtomicBool,
+) -> Result<(), IoError> {
+    let repeat = prepare_pattern(job, scratch)?;
     let request = &job.request;
     let operation = request.operation;
-    let repeat = prepare_pattern(job, scratch)?;
     let mut at = request.offset;
     let end = request.offset + request.bytes;
-    while at < end {
+    while at < end && !interrupt.load(Ordering::Relaxed) {
         let step = usize::try_from(end - at).map_or(repeat, |left| left.min(repeat));
         let (Some(pattern), Some(medium)) =
             (scratch.pattern.get_mut(..step), scratch.medium.get_mut(..step))
@@ -127,6 +145,7 @@ fn by_hand(image: &Image, job: &mut Job, scratch: &mut Scratch) -> Result<(), Io
             _ => write_all(image, pattern, at)?,
         }
         at += step as u64;
+        job.progress += step as u64;
     }
     Ok(())
 }
@@ -162,7 +181,8 @@ fn prepare_pattern(job: &Job, scratch: &mut Scratch) -> Result<usize, IoError> {
     }
 }
 
-fn read_all(image: &Image, into: &mut [u8], at: u64) -> Result<(), IoError> {
+/// Reads through the page cache.
+pub(super) fn read_all(image: &Image, into: &mut [u8], at: u64) -> Result<(), IoError> {
     let (mut into, mut at) = (into, at);
     while !into.is_empty() {
         match pread(image.file(), &mut *into, at) {

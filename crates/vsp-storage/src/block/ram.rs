@@ -49,41 +49,54 @@ impl RamBackend {
         }
     }
 
-    fn run(&self, request: &IoRequest) -> Result<(), IoError> {
+    /// Whether the request fits the disk and its buffers.
+    pub(super) fn admit(&self, request: &IoRequest) -> Result<(), IoError> {
         let IoRequest { operation, offset, bytes, ref buffers, .. } = *request;
         self.check(operation, offset, bytes)?;
+        let data = buffers.bytes();
+        let fits = match operation {
+            IoOperation::Read | IoOperation::Write { .. } => data == bytes,
+            IoOperation::WriteSame | IoOperation::Compare => data > 0 && bytes.is_multiple_of(data),
+            _ => true,
+        };
+        if fits { Ok(()) } else { Err(IoError::Malformed) }
+    }
+
+    /// Performs the part of an admitted request that lies in bytes `from..to` of its range.
+    pub(super) fn perform(&self, request: &IoRequest, from: u64, to: u64) -> Result<(), IoError> {
+        let IoRequest { operation, offset, ref buffers, .. } = *request;
         match operation {
             IoOperation::Read | IoOperation::Write { .. } => {
-                if buffers.bytes() != bytes {
-                    return Err(IoError::Malformed);
-                }
-                let mut at = offset;
+                let mut begin = 0;
                 for (memory, gpa, len) in buffers.pieces() {
-                    self.copy(operation, at, memory, gpa, len)?;
-                    at += u64::from(len);
+                    let (first, end) = (from.max(begin), to.min(begin + u64::from(len)));
+                    if first < end {
+                        // Within a piece, whose length is 32 bits.
+                        let part = u32::try_from(end - first).unwrap_or(len);
+                        self.copy(operation, offset + first, memory, gpa + (first - begin), part)?;
+                    }
+                    begin += u64::from(len);
                 }
                 Ok(())
             }
             IoOperation::Flush | IoOperation::Verify => Ok(()),
             IoOperation::Discard | IoOperation::WriteZeroes => {
-                self.medium.fill(offset, bytes, 0).map_err(|_| IoError::Malformed)
+                self.medium.fill(offset + from, to - from, 0).map_err(|_| IoError::Malformed)
             }
-            IoOperation::WriteSame | IoOperation::Compare => self.repeat(request),
+            IoOperation::WriteSame | IoOperation::Compare => self.repeat(request, from, to),
         }
     }
 
     /// Writes or compares the contents of the buffers, over and over.
-    fn repeat(&self, request: &IoRequest) -> Result<(), IoError> {
-        let IoRequest { operation, offset, bytes, ref buffers, .. } = *request;
+    fn repeat(&self, request: &IoRequest, from: u64, to: u64) -> Result<(), IoError> {
+        let IoRequest { operation, offset, ref buffers, .. } = *request;
         let pattern = buffers.bytes();
-        if pattern == 0 || !bytes.is_multiple_of(pattern) {
-            return Err(IoError::Malformed);
-        }
         let (mut theirs, mut ours) = ([0; CHUNK_BYTES], [0; CHUNK_BYTES]);
-        let mut done = 0;
-        while done < bytes {
+        let mut done = from;
+        while done < to {
             let from = done % pattern;
-            let step = usize::try_from(pattern - from).map_or(CHUNK_BYTES, |n| n.min(CHUNK_BYTES));
+            let most = (pattern - from).min(to - done);
+            let step = usize::try_from(most).map_or(CHUNK_BYTES, |n| n.min(CHUNK_BYTES));
             let (Some(theirs), Some(ours)) = (theirs.get_mut(..step), ours.get_mut(..step)) else {
                 return Err(IoError::Malformed);
             };
@@ -133,9 +146,14 @@ impl Backend for RamBackend {
 
     fn submit(&self, requests: &mut Vec<IoRequest>, done: &mut Vec<IoDone>) {
         for request in requests.drain(..) {
-            let result = self.run(&request);
-            done.push(IoDone { request, result });
+            let result =
+                self.admit(&request).and_then(|()| self.perform(&request, 0, request.bytes));
+            done.push(IoDone::finished(request, result));
         }
+    }
+
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> Option<Result<(), IoError>> {
+        Some(self.medium.read(offset, into).map_err(|_| IoError::Malformed))
     }
 
     fn run_inline(&self, io: InlineIo<'_>) -> Option<Result<(), IoError>> {

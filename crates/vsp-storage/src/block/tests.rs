@@ -1,5 +1,6 @@
 //! One suite, every back end.
 
+mod cancel;
 mod harness;
 mod images;
 mod limits;

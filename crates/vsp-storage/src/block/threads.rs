@@ -10,9 +10,9 @@ use super::file::QUEUE_MAX;
 use super::image::Image;
 use super::job::{Job, Waiting, Way, failure, other_way, plan, sharing};
 use super::order::{Order, Ticket};
-use super::perform::Performed;
+use super::perform::{Performed, read_all};
 use super::workers::Workers;
-use super::{Backend, IoDone, IoError, IoOperation, IoRequest};
+use super::{Backend, IoDone, IoError, IoOperation, IoOutcome, IoRequest};
 
 /// See [`Engine::Threads`](super::Engine::Threads).
 pub(super) struct ThreadBackend {
@@ -29,6 +29,7 @@ struct State {
     // Kept for their memory; empty between calls.
     ready: Vec<(Waiting, Ticket)>,
     jobs: Vec<Job>,
+    withdrawn: Vec<Waiting>,
     results: Vec<(Job, Performed)>,
 }
 
@@ -41,6 +42,7 @@ impl ThreadBackend {
             in_flight: 0,
             ready: Vec::new(),
             jobs: Vec::new(),
+            withdrawn: Vec::new(),
             results: Vec::new(),
         };
         Ok(Self { state: Mutex::new(state), workers, event, image })
@@ -77,10 +79,10 @@ impl Backend for ThreadBackend {
             match planned {
                 Ok(Some((way, class))) => {
                     state.in_flight += 1;
-                    state.order.admit(Waiting { request, way }, class, &mut state.ready);
+                    state.order.admit(Waiting::new(request, way), class, &mut state.ready);
                 }
-                Ok(None) => done.push(IoDone { request, result: Ok(()) }),
-                Err(error) => done.push(IoDone { request, result: Err(error) }),
+                Ok(None) => done.push(IoDone::finished(request, Ok(()))),
+                Err(error) => done.push(IoDone::finished(request, Err(error))),
             }
         }
         self.start_ready(state);
@@ -98,10 +100,10 @@ impl Backend for ThreadBackend {
         self.workers.take_results(&mut state.results);
         for (job, performed) in state.results.drain(..) {
             match settle(&self.image, job, performed) {
-                Settled::Done(job, result) => {
+                Settled::Out(job, outcome) => {
                     state.in_flight -= 1;
                     state.order.finish(job.ticket, &mut state.ready);
-                    done.push(IoDone { request: job.request, result });
+                    done.push(job.come_out(outcome));
                 }
                 Settled::Again(job, way) => {
                     again(&self.image, &mut state.order, job, way, &mut state.ready);
@@ -110,29 +112,53 @@ impl Backend for ThreadBackend {
         }
         self.start_ready(state);
     }
+
+    fn cancel(&self, wanted: &dyn Fn(u64) -> bool, done: &mut Vec<IoDone>) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let waits = |waiting: &Waiting| wanted(waiting.request.token);
+        state.order.withdraw(waits, &mut state.withdrawn, &mut state.ready);
+        state.in_flight -= state.withdrawn.len();
+        done.extend(state.withdrawn.drain(..).map(Waiting::withdrawn));
+        self.workers.withdraw(wanted, &mut state.jobs);
+        for job in state.jobs.drain(..) {
+            state.in_flight -= 1;
+            state.order.finish(job.ticket, &mut state.ready);
+            let outcome = job.withdrawn();
+            done.push(job.come_out(outcome));
+        }
+        self.start_ready(state);
+    }
+
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> Option<Result<(), IoError>> {
+        Some(read_all(&self.image, into, offset))
+    }
 }
 
 /// What follows from how a job ended.
 pub(super) enum Settled {
-    /// It is finished.
-    Done(Job, Result<(), IoError>),
+    /// It comes out.
+    Out(Job, IoOutcome),
     /// It is tried another way.
     Again(Job, Way),
 }
 
-/// Decides whether a job is finished or tried another way.
+/// Decides whether a job comes out or is tried another way.
 pub(super) fn settle(image: &Image, job: Job, performed: Performed) -> Settled {
     let operation = job.request.operation;
-    match performed {
-        Performed::Finished(result) => Settled::Done(job, result),
+    let outcome = match performed {
+        Performed::Finished(result) => IoOutcome::Done(result),
+        Performed::Interrupted => job.withdrawn(),
         Performed::Refused(errno) => match other_way(image, operation, job.way, errno) {
-            Some(way) => Settled::Again(job, way),
+            Some(_) if job.is_cancelled => job.withdrawn(),
+            Some(way) => return Settled::Again(job, way),
             None => {
                 let at = job.request.offset + job.progress;
-                Settled::Done(job, Err(failure(operation, at, errno)))
+                IoOutcome::Done(Err(failure(operation, at, errno)))
             }
         },
-    }
+    };
+    Settled::Out(job, outcome)
 }
 
 /// Lets a job start over, the other `way`.
@@ -145,8 +171,10 @@ pub(super) fn again(
 ) {
     let Job { mut request, ticket, .. } = job;
     request.buffers.rewind();
-    if request.operation == IoOperation::Read {
-        return ready.push((Waiting { request, way }, ticket));
+    let is_read = request.operation == IoOperation::Read;
+    let waiting = Waiting { request, way, was_tried: true };
+    if is_read {
+        return ready.push((waiting, ticket));
     }
-    order.readmit(Waiting { request, way }, ticket, sharing(image, way), ready);
+    order.readmit(waiting, ticket, sharing(image, way), ready);
 }

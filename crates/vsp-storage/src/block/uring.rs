@@ -18,10 +18,14 @@ use super::file::{QUEUE_DEPTH, QUEUE_MAX};
 use super::image::Image;
 use super::job::{Job, Waiting, Way, plan};
 use super::order::{Order, Ticket};
-use super::perform::{Performed, allocate_mode, nothing_moved, write_flags};
+use super::perform::{Performed, allocate_mode, nothing_moved, read_all, write_flags};
 use super::threads::{Settled, again, settle};
 use super::workers::Workers;
-use super::{Backend, IoDone, IoError, IoOperation, IoRequest};
+use super::{Backend, IoDone, IoError, IoOperation, IoOutcome, IoRequest};
+
+/// User data of requests to cancel, whose own completions say nothing: what became of a job is said
+/// by the job's. No slot has this number.
+const CANCEL: u64 = u64::MAX;
 
 /// Kernel threads the ring may use for requests that block.
 const MAX_KERNEL_WORKERS: u32 = 16;
@@ -36,6 +40,8 @@ pub(super) struct UringBackend {
     by_hand: OnceLock<Option<Workers>>,
     event: Arc<Event>,
     image: Arc<Image>,
+    /// The kernel can cancel. An older one lets everything finish.
+    can_cancel: bool,
 }
 
 struct State {
@@ -44,6 +50,8 @@ struct State {
     /// in its slot, untouched, until its completion has been taken from the ring.
     slots: Vec<Option<Job>>,
     free: Vec<u32>,
+    /// Slots whose jobs the kernel is to be asked back for.
+    to_cancel: Vec<u32>,
     /// Jobs that may start but have no slot.
     backlog: VecDeque<Job>,
     /// Requests that are submitted and not reaped.
@@ -51,6 +59,7 @@ struct State {
     // Kept for their memory; empty between calls.
     ready: Vec<(Waiting, Ticket)>,
     by_hand: Vec<Job>,
+    withdrawn: Vec<Waiting>,
     results: Vec<(Job, Performed)>,
 }
 
@@ -82,6 +91,7 @@ impl UringBackend {
         {
             return Err(Errno::NOSYS);
         }
+        let can_cancel = probe.is_supported(opcode::AsyncCancel::CODE);
         let event = Arc::new(Event::new()?);
         ring.submitter().register_eventfd(event.as_fd().as_raw_fd()).map_err(errno)?;
         // An old kernel has no such limit; it then bounds its workers by itself.
@@ -90,13 +100,16 @@ impl UringBackend {
             order: Order::new(),
             slots: (0..QUEUE_DEPTH).map(|_| None).collect(),
             free: (0..QUEUE_DEPTH).rev().collect(),
+            to_cancel: Vec::new(),
             backlog: VecDeque::new(),
             in_flight: 0,
             ready: Vec::new(),
             by_hand: Vec::new(),
+            withdrawn: Vec::new(),
             results: Vec::new(),
         };
-        Ok(Self { ring, state: Mutex::new(state), by_hand: OnceLock::new(), event, image })
+        let state = Mutex::new(state);
+        Ok(Self { ring, state, by_hand: OnceLock::new(), event, image, can_cancel })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -121,10 +134,25 @@ impl UringBackend {
         // SAFETY: no other `SubmissionQueue` exists: this function is the only one that makes one,
         // except `drop`, and `state` is borrowed from behind the lock.
         let mut queue = unsafe { self.ring.submission_shared() };
+        while let Some(&index) = state.to_cancel.last() {
+            // A slot may have been given back meanwhile, and even be in use again.
+            let slot = state.slots.get(index as usize).and_then(Option::as_ref);
+            if slot.is_some_and(|job| job.is_cancelled) {
+                let entry = opcode::AsyncCancel::new(u64::from(index)).build().user_data(CANCEL);
+                // SAFETY: "parameters of the entry must be valid for the entire duration of the
+                // operation". It has none but a number: it names no memory and no file.
+                if unsafe { queue.push(&entry) }.is_err() {
+                    // The queue is full. It is given to the kernel next, and this function is
+                    // called again.
+                    return true;
+                }
+            }
+            state.to_cancel.pop();
+        }
         while let Some(&index) = state.free.last() {
             let Some(slot) = state.slots.get_mut(index as usize) else { break };
             let Some(job) = state.backlog.pop_front() else { break };
-            let job = slot.insert(job);
+            let job = slot.insert(Job { was_tried: true, ..job });
             let entry = entry(&self.image, job).user_data(u64::from(index));
             // SAFETY: "parameters of the entry must be valid for the entire duration of the
             // operation". They are the image's files, and an I/O vector or the memory it names.
@@ -139,7 +167,7 @@ impl UringBackend {
             // Guest memory is shared with parties outside this program, of which the kernel is one;
             // Rust code has no slices of it.
             if unsafe { queue.push(&entry) }.is_err() {
-                // Cannot be: there are as many entries as slots. The job waits for the next time.
+                // Full of entries that cancel. The job waits for the next time.
                 if let Some(job) = slot.take() {
                     state.backlog.push_front(job);
                 }
@@ -160,7 +188,7 @@ impl UringBackend {
             return workers.push(&mut state.by_hand);
         }
         while let Some(job) = state.by_hand.pop() {
-            finish(state, job, Err(IoError::Busy), done);
+            leave(state, job, IoOutcome::Done(Err(IoError::Busy)), done);
         }
     }
 
@@ -223,8 +251,10 @@ impl UringBackend {
     ) {
         let request = &mut job.request;
         let performed = match (job.way, result) {
-            (Way::Direct | Way::Buffered | Way::Allocate, Err(Errno::INTR | Errno::AGAIN)) => {
-                return state.backlog.push_front(job);
+            // The kernel has let go of it and moved nothing. It does so by itself for requests of a
+            // thread that ends.
+            (_, Err(Errno::INTR | Errno::AGAIN | Errno::CANCELED)) => {
+                return self.go_on(state, job, done);
             }
             (Way::Sync, result) => Performed::Finished(self.image.judge_flush(result.map(drop))),
             (_, Err(errno)) => Performed::Refused(errno),
@@ -237,10 +267,7 @@ impl UringBackend {
                 job.progress += u64::from(moved);
                 if job.progress < request.bytes {
                     request.buffers.advance(u64::from(moved));
-                    return state.backlog.push_front(job);
-                }
-                if request.operation == IoOperation::Read {
-                    request.buffers.mark_written();
+                    return self.go_on(state, job, done);
                 }
                 Performed::Finished(Ok(()))
             }
@@ -248,9 +275,58 @@ impl UringBackend {
         self.settle(state, job, performed, done);
     }
 
+    /// The kernel does not have `job` any more, and some of it is left to do.
+    fn go_on(&self, state: &mut State, job: Job, done: &mut Vec<IoDone>) {
+        if job.is_cancelled {
+            let outcome = job.withdrawn();
+            leave(state, job, outcome, done);
+        } else {
+            state.backlog.push_front(job);
+        }
+    }
+
+    /// See [`Backend::cancel`]. Returns whether the kernel has to be entered.
+    fn withdraw(
+        &self,
+        state: &mut State,
+        wanted: &dyn Fn(u64) -> bool,
+        done: &mut Vec<IoDone>,
+    ) -> bool {
+        let waits = |waiting: &Waiting| wanted(waiting.request.token);
+        state.order.withdraw(waits, &mut state.withdrawn, &mut state.ready);
+        state.in_flight -= state.withdrawn.len();
+        done.extend(state.withdrawn.drain(..).map(Waiting::withdrawn));
+        if let Some(Some(workers)) = self.by_hand.get() {
+            workers.withdraw(wanted, &mut state.by_hand);
+        }
+        let mut withdrawn = std::mem::take(&mut state.by_hand);
+        for job in std::mem::take(&mut state.backlog) {
+            if wanted(job.request.token) {
+                withdrawn.push(job);
+            } else {
+                state.backlog.push_back(job);
+            }
+        }
+        for job in withdrawn.drain(..) {
+            let outcome = job.withdrawn();
+            leave(state, job, outcome, done);
+        }
+        state.by_hand = withdrawn;
+        if self.can_cancel {
+            for (index, slot) in (0..).zip(&mut state.slots) {
+                let job = slot.as_mut().filter(|job| !job.is_cancelled);
+                if let Some(job) = job.filter(|job| wanted(job.request.token)) {
+                    job.is_cancelled = true;
+                    state.to_cancel.push(index);
+                }
+            }
+        }
+        self.start(state, done)
+    }
+
     fn settle(&self, state: &mut State, job: Job, performed: Performed, done: &mut Vec<IoDone>) {
         match settle(&self.image, job, performed) {
-            Settled::Done(job, result) => finish(state, job, result, done),
+            Settled::Out(job, outcome) => leave(state, job, outcome, done),
             Settled::Again(job, way) => {
                 again(&self.image, &mut state.order, job, way, &mut state.ready);
             }
@@ -266,10 +342,11 @@ fn take(state: &mut State, user_data: u64) -> Option<Job> {
     Some(job)
 }
 
-fn finish(state: &mut State, job: Job, result: Result<(), IoError>, done: &mut Vec<IoDone>) {
+/// Gives a job back that neither the kernel nor a thread has.
+fn leave(state: &mut State, job: Job, outcome: IoOutcome, done: &mut Vec<IoDone>) {
     state.in_flight -= 1;
     state.order.finish(job.ticket, &mut state.ready);
-    done.push(IoDone { request: job.request, result });
+    done.push(job.come_out(outcome));
 }
 
 /// The submission queue entry that does what is left of `job`.
@@ -342,10 +419,10 @@ impl Backend for UringBackend {
                 match planned {
                     Ok(Some((way, class))) => {
                         state.in_flight += 1;
-                        state.order.admit(Waiting { request, way }, class, &mut state.ready);
+                        state.order.admit(Waiting::new(request, way), class, &mut state.ready);
                     }
-                    Ok(None) => done.push(IoDone { request, result: Ok(()) }),
-                    Err(error) => done.push(IoDone { request, result: Err(error) }),
+                    Ok(None) => done.push(IoDone::finished(request, Ok(()))),
+                    Err(error) => done.push(IoDone::finished(request, Err(error))),
                 }
             }
             self.start(state, done)
@@ -365,6 +442,21 @@ impl Backend for UringBackend {
         // Before the queues are read: what comes later raises it again.
         self.event.clear();
         self.collect(done);
+    }
+
+    fn cancel(&self, wanted: &dyn Fn(u64) -> bool, done: &mut Vec<IoDone>) {
+        // A request to cancel is carried out while it is submitted: whoever could be stopped has
+        // its completion in the ring when `enter` returns. The others, of which the kernel says
+        // that they are too far along, complete by themselves.
+        let started = self.withdraw(&mut self.lock(), wanted, done);
+        if started {
+            self.enter();
+            self.collect(done);
+        }
+    }
+
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> Option<Result<(), IoError>> {
+        Some(read_all(&self.image, into, offset))
     }
 }
 

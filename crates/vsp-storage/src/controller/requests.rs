@@ -12,7 +12,7 @@ use vstor_wire::packet::{PacketForm, VstorPacket};
 use vstor_wire::srb::ScsiAddress;
 
 use super::reset::PendingReset;
-use crate::block::{Buffers, IoDone, IoOperation, IoRequest};
+use crate::block::{Buffers, IoDone, IoOperation, IoOutcome, IoRequest};
 use crate::scsi::bus::Lun;
 use crate::scsi::{Answer, ByteRange};
 
@@ -155,7 +155,8 @@ impl Requests {
 
     /// A back end has finished with a request.
     pub(super) fn finish(&mut self, done: IoDone) -> Option<Outcome> {
-        let IoDone { mut request, result } = done;
+        let IoDone { mut request, outcome } = done;
+        let IoOutcome::Done(result) = outcome else { return None };
         let slot = slot_of(request.token);
         let place = self.slots.get_mut(slot)?;
         let in_flight = place.as_mut()?;

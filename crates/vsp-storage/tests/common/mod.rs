@@ -345,7 +345,7 @@ impl Backend for Gate {
         if self.open.load(Ordering::SeqCst) {
             let result = *self.result.lock().unwrap();
             let all = self.waiting.lock().unwrap().drain(..).collect::<Vec<_>>();
-            done.extend(all.into_iter().map(|request| IoDone { request, result }));
+            done.extend(all.into_iter().map(|request| IoDone::finished(request, result)));
         }
     }
 }

@@ -4,13 +4,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmbus_memory::GuestMemory;
 
 use crate::block::{
-    Backend, Buffers, CacheMode, Engine, FileOptions, ImageError, IoDone, IoError, IoOperation,
-    IoRequest, RamBackend, open_file,
+    Backend, Buffers, CacheMode, Engine, Fate, FileOptions, ImageError, IoDone, IoError,
+    IoOperation, IoOutcome, IoRequest, RamBackend, TestMedium, TestTime, open_file,
 };
 
 /// Bytes of the disks under test.
@@ -24,6 +25,8 @@ pub(super) const MEMORY_BYTES: u64 = 4 << 20;
 pub(super) enum Kind {
     File(Engine, CacheMode),
     Ram,
+    /// A medium for tests, on which everything takes a moment.
+    Test,
 }
 
 pub(super) const FILES: [Kind; 4] = [
@@ -39,6 +42,7 @@ pub(super) struct Rig {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) memory: GuestMemory,
     ram: Option<Arc<RamBackend>>,
+    medium: Option<TestMedium>,
     image: Option<PathBuf>,
     _folder: Option<tempfile::TempDir>,
 }
@@ -55,23 +59,35 @@ pub(super) fn on_each(kinds: &[Kind], test: impl Fn(&Rig)) {
 
 /// All kinds.
 pub(super) fn all() -> Vec<Kind> {
-    FILES.into_iter().chain([Kind::Ram]).collect()
+    FILES.into_iter().chain([Kind::Ram, Kind::Test]).collect()
 }
 
 impl Rig {
     /// A disk of zeros; `None` where the system refuses io_uring.
     pub(super) fn new(kind: Kind) -> Option<Self> {
-        let Kind::File(..) = kind else {
-            let ram = Arc::new(RamBackend::new(DISK_BYTES).unwrap());
-            return Some(Self {
-                kind,
-                backend: Arc::clone(&ram) as Arc<dyn Backend>,
-                memory: GuestMemory::memfd(MEMORY_BYTES).unwrap(),
-                ram: Some(ram),
-                image: None,
-                _folder: None,
-            });
+        let in_memory = |backend, ram, medium| {
+            let memory = GuestMemory::memfd(MEMORY_BYTES).unwrap();
+            Some(Self { kind, backend, memory, ram, medium, image: None, _folder: None })
         };
+        match kind {
+            Kind::File(..) => {}
+            Kind::Ram => {
+                let ram = Arc::new(RamBackend::new(DISK_BYTES).unwrap());
+                return in_memory(Arc::clone(&ram) as Arc<dyn Backend>, Some(ram), None);
+            }
+            Kind::Test => {
+                let medium = TestMedium::new(DISK_BYTES, TestTime::Real).unwrap();
+                medium.choose_fates(|io| Fate {
+                    parts: 3,
+                    // The first byte that differs is told, not the last.
+                    backwards: io.number % 2 == 0 && io.operation != IoOperation::Compare,
+                    can_cancel: !io.number.is_multiple_of(5),
+                    ..Fate::after(Duration::from_micros(20 + io.number % 100))
+                });
+                medium.set_slots(20);
+                return in_memory(medium.backend().unwrap(), None, Some(medium));
+            }
+        }
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("disk.img");
         File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
@@ -81,6 +97,7 @@ impl Rig {
             backend,
             memory: GuestMemory::memfd(MEMORY_BYTES).unwrap(),
             ram: None,
+            medium: None,
             image: Some(image),
             _folder: Some(folder),
         })
@@ -94,9 +111,10 @@ impl Rig {
     /// What is on the disk, seen from elsewhere.
     pub(super) fn contents(&self) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(DISK_BYTES).unwrap()];
-        match &self.ram {
-            Some(ram) => ram.medium().read(0, &mut bytes).unwrap(),
-            None => File::open(self.image()).unwrap().read_exact_at(&mut bytes, 0).unwrap(),
+        match (&self.ram, &self.medium) {
+            (Some(ram), _) => ram.medium().read(0, &mut bytes).unwrap(),
+            (_, Some(medium)) => medium.contents().read(0, &mut bytes).unwrap(),
+            _ => File::open(self.image()).unwrap().read_exact_at(&mut bytes, 0).unwrap(),
         }
         bytes
     }
@@ -155,7 +173,10 @@ impl Rig {
         segments: &[(u64, u32)],
     ) -> Result<(), IoError> {
         let request = self.request(operation, offset, bytes, segments);
-        self.run_all(vec![request]).pop().unwrap().result
+        match self.run_all(vec![request]).pop().unwrap().outcome {
+            IoOutcome::Done(result) => result,
+            outcome => panic!("{outcome:?}, which nobody asked for"),
+        }
     }
 }
 

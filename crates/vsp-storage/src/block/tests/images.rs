@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use super::harness::{DISK_BYTES, FILES, Kind, Rig, on_each, open};
-use crate::block::{CacheMode, Engine, FileOptions, ImageError, IoError, IoOperation, open_file};
+use crate::block::{
+    CacheMode, Engine, FileOptions, ImageError, IoError, IoOperation, IoOutcome, open_file,
+};
 
 fn refusal(path: &Path) -> String {
     let error = open_file(path, &FileOptions::default()).err().unwrap();
@@ -70,6 +72,7 @@ fn an_image_is_served_once_unless_all_only_read() {
 
 #[test]
 fn read_only_disks_refuse_every_kind_of_write() {
+    let refused = IoOutcome::Done(Err(IoError::WriteProtected));
     for kind in FILES {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("disk.img");
@@ -87,7 +90,7 @@ fn read_only_disks_refuse_every_kind_of_write() {
             let mut done = Vec::new();
             let request = rig.request(operation, 0, None, &[(0, 512)]);
             backend.submit(&mut vec![request], &mut done);
-            assert_eq!(done.pop().unwrap().result, Err(IoError::WriteProtected), "{operation:?}");
+            assert_eq!(done.pop().unwrap().outcome, refused, "{operation:?}");
         }
         assert_eq!(fs::read(&image).unwrap()[..512], [7; 512]);
     }
@@ -96,5 +99,5 @@ fn read_only_disks_refuse_every_kind_of_write() {
     let mut done = Vec::new();
     let write = rig.request(IoOperation::Write { fua: false }, 0, None, &[(0, 512)]);
     crate::block::Backend::submit(&ram, &mut vec![write], &mut done);
-    assert_eq!(done.pop().unwrap().result, Err(IoError::WriteProtected));
+    assert_eq!(done.pop().unwrap().outcome, refused);
 }
