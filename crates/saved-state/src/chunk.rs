@@ -87,24 +87,43 @@ pub(crate) fn seal(chunk: &mut [u8]) -> Option<u32> {
     Some(checksum)
 }
 
-/// Looks at the header of a chunk at the start of `input`: how many bytes it has, all of them there.
-pub(crate) fn measure(input: &[u8]) -> Result<(ChunkHeader, &[u8]), Damage> {
-    let available = input.len() as u64;
+impl ChunkHeader {
+    /// Bytes of the chunk, as it says: within the limits, once [`head`] has read it.
+    pub(crate) fn length(&self) -> usize {
+        self.length.get() as usize
+    }
+
+    /// Whether it says that nothing comes after it.
+    pub(crate) fn is_last(&self) -> bool {
+        self.flags.get() & LAST != 0
+    }
+}
+
+/// The header of a chunk at the start of `input`, which need not be all there: magic and length are
+/// right, the rest is as it is.
+pub(crate) fn head(input: &[u8]) -> Result<ChunkHeader, Damage> {
     if let Some(&found) = input.first_chunk()
         && found != MAGIC
     {
         return Err(Damage::Magic { found });
     }
     let Ok((header, _)) = ChunkHeader::read_from_prefix(input) else {
-        return Err(Damage::Cut { needed: u64::from(OVERHEAD_BYTES), available });
+        let (needed, available) = (u64::from(OVERHEAD_BYTES), input.len() as u64);
+        return Err(Damage::Cut { needed, available });
     };
     let length = header.length.get();
     if !(OVERHEAD_BYTES..=MAX_CHUNK_BYTES).contains(&length) {
         let (least, most) = (OVERHEAD_BYTES, MAX_CHUNK_BYTES);
         return Err(Damage::Length { found: length, least, most });
     }
-    let whole = input.get(..length as usize);
-    let whole = whole.ok_or(Damage::Cut { needed: u64::from(length), available })?;
+    Ok(header)
+}
+
+/// Looks at the header of a chunk at the start of `input`: how many bytes it has, all of them there.
+pub(crate) fn measure(input: &[u8]) -> Result<(ChunkHeader, &[u8]), Damage> {
+    let header = head(input)?;
+    let (needed, available) = (header.length() as u64, input.len() as u64);
+    let whole = input.get(..header.length()).ok_or(Damage::Cut { needed, available })?;
     Ok((header, whole))
 }
 

@@ -337,6 +337,18 @@ pub enum FieldProblem {
     /// Not UTF-8.
     #[error("not UTF-8")]
     Text,
+    /// A text that would not be safe to show.
+    #[error("control character U+{:04X}", u32::from(*found))]
+    Control {
+        /// The first one.
+        found: char,
+    },
+    /// Not as long as a GUID.
+    #[error("{found} bytes, a GUID has 16")]
+    Guid {
+        /// Bytes there.
+        found: u64,
+    },
     /// Required, and not there.
     #[error("missing")]
     Missing,

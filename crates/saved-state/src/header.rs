@@ -60,7 +60,7 @@ const ROW_BYTES: u16 = 32;
 const ROW_MANDATORY: u16 = 1;
 
 /// Bytes of the shortest header.
-const LEAST_BYTES: u32 = FIXED_BYTES + CHECKSUM_BYTES;
+pub(crate) const LEAST_BYTES: u32 = FIXED_BYTES + CHECKSUM_BYTES;
 
 /// Flags of a stream. A reader ignores an unknown one of the lower sixteen, and refuses the stream
 /// for an unknown one of the upper sixteen.
@@ -252,6 +252,17 @@ fn damaged(why: Damage) -> ReadError {
 
 /// Checks magic, length and checksum of the first chunk; these are the same in every version.
 pub(crate) fn check_fixed(stream: &[u8]) -> Result<FixedHeader, ReadError> {
+    let fixed = head(stream)?;
+    let (length, available) = (fixed.length(), stream.len() as u64);
+    let whole = stream.get(..length as usize);
+    let cut = Damage::Cut { needed: u64::from(length), available };
+    chunk::check_sum(whole.ok_or(damaged(cut))?).map_err(damaged)?;
+    Ok(fixed)
+}
+
+/// The fixed part of the first chunk, which need not be all there: magic and length are right, the rest
+/// is as it is.
+pub(crate) fn head(stream: &[u8]) -> Result<FixedHeader, ReadError> {
     let available = stream.len() as u64;
     let begins_right = stream.iter().zip(MAGIC).all(|(&found, expected)| found == expected);
     if !begins_right {
@@ -259,17 +270,14 @@ pub(crate) fn check_fixed(stream: &[u8]) -> Result<FixedHeader, ReadError> {
         found.iter_mut().zip(stream).for_each(|(room, &byte)| *room = byte);
         return Err(ReadError::NotASavedState { found });
     }
-    let cut = |needed: u32| damaged(Damage::Cut { needed: u64::from(needed), available });
     let Ok((fixed, _)) = FixedHeader::read_from_prefix(stream) else {
-        return Err(cut(LEAST_BYTES));
+        return Err(damaged(Damage::Cut { needed: u64::from(LEAST_BYTES), available }));
     };
     let length = fixed.length();
     if !(LEAST_BYTES..=MAX_HEADER_BYTES).contains(&length) {
         let why = Damage::Length { found: length, least: LEAST_BYTES, most: MAX_HEADER_BYTES };
         return Err(damaged(why));
     }
-    let whole = stream.get(..length as usize).ok_or_else(|| cut(length))?;
-    chunk::check_sum(whole).map_err(damaged)?;
     Ok(fixed)
 }
 

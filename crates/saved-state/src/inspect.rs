@@ -10,17 +10,22 @@ use crate::reader::Kinds;
 use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
-use crate::{channel, storage};
+use crate::{channel, contents, storage, transport};
 
 /// Every kind of record that this crate knows.
 pub const ALL_KINDS: Kinds = &[
     EndRecord::KIND,
+    contents::ContentsRecord::KIND,
+    contents::StreamEntryRecord::KIND,
+    contents::StreamSumRecord::KIND,
     channel::ChannelRecord::KIND,
     <channel::OutgoingPacketRecord<'static> as Record>::KIND,
     <channel::IncomingPacketRecord<'static> as Record>::KIND,
     storage::StorageRecord::KIND,
     storage::DiskIdentityRecord::KIND,
     storage::StorageRequestRecord::KIND,
+    transport::TransportRecord::KIND,
+    transport::TransportRegionRecord::KIND,
 ];
 
 /// A stretch of the bytes.

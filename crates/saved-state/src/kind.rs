@@ -17,6 +17,10 @@ impl StreamKind {
     pub const BUS: Self = Self(2);
     /// A device, apart from its channels.
     pub const DEVICE: Self = Self(3);
+    /// A file of several streams: what is in it ([`crate::contents`]).
+    pub const CONTENTS: Self = Self(4);
+    /// A transport: a connection between two processes, as the one that serves knows it.
+    pub const TRANSPORT: Self = Self(5);
 
     /// Its name, if it is known.
     #[must_use]
@@ -25,6 +29,8 @@ impl StreamKind {
             Self::CHANNEL => "channel",
             Self::BUS => "bus",
             Self::DEVICE => "device",
+            Self::CONTENTS => "contents",
+            Self::TRANSPORT => "transport",
             _ => return None,
         })
     }
@@ -44,10 +50,10 @@ impl fmt::Display for StreamKind {
 /// | numbers | whose |
 /// |---|---|
 /// | 0 | never used |
-/// | 1 to 15 | the stream's own: [`crate::end`] |
+/// | 1 to 15 | of this crate: [`crate::end`], [`crate::contents`] |
 /// | 16 to 63 | `kmcl`: [`crate::channel`] |
 /// | 64 to 127 | `vmbus-host`: the bus |
-/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`] |
+/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`], 192 to 255 [`crate::transport`] |
 /// | 1024 to 32767 | kept free |
 /// | 32768 to 65535 | devices of others: each needs to differ only within its own streams |
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

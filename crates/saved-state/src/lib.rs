@@ -14,11 +14,13 @@
 //! |---|---|
 //! | [`writer`], [`reader`] | a stream chunk by chunk, into and out of the caller's buffers |
 //! | [`save`] | what is saved, as whoever keeps the bytes sees it |
+//! | [`input`] | whole chunks out of a [`Read`](std::io::Read) |
+//! | [`file`](mod@file) | several streams in one file: what is in it, and that all of it is there |
 //! | [`header`] | what the first chunk says |
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
 //! | [`bare`] | a record without a chunk, for the bytes that a device keeps with a packet |
-//! | [`channel`], [`storage`] | the records themselves, by owner |
+//! | [`channel`], [`storage`], [`transport`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
 //! # A stream there and back
@@ -94,9 +96,12 @@
 pub mod bare;
 pub mod channel;
 mod chunk;
+pub mod contents;
 pub mod end;
 pub mod error;
+pub mod file;
 pub mod header;
+pub mod input;
 pub mod inspect;
 pub mod kind;
 pub mod limits;
@@ -109,6 +114,7 @@ pub mod storage;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod text;
+pub mod transport;
 pub mod version;
 pub mod writer;
 

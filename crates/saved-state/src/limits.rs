@@ -11,6 +11,12 @@ pub const MAX_CHUNKS: u32 = 1 << 20;
 /// Most bytes of a stream's first chunk.
 pub const MAX_HEADER_BYTES: u32 = 4096;
 
+/// Most streams of one file, beside those that tell what is in it. A bus has at most 2047 channels.
+pub const MAX_STREAMS: u32 = 8192;
+
+/// Longest name of a stream in a file, in bytes of UTF-8.
+pub const MAX_STREAM_NAME_BYTES: usize = 64;
+
 /// Most kinds of records in one stream.
 pub const MAX_KINDS: usize = 64;
 
@@ -29,6 +35,9 @@ pub const MAX_CONTEXT_BYTES: usize = 64 << 10;
 
 /// Most bytes that a device, or a driver, saves with one packet.
 pub const MAX_OWN_STATE_BYTES: usize = 1 << 20;
+
+/// Bytes that reading a file's contents stream allocates at most, for each byte of it.
+pub const CONTENTS_BYTES_PER_BYTE: usize = 8;
 
 /// Bytes that decoding one record allocates at most, for each byte of its chunk.
 pub const DECODED_BYTES_PER_BYTE: usize = 2;

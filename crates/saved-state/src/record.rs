@@ -66,7 +66,7 @@ impl<M: prost::Message + Default + Record> Decode<'_> for M {
     fn decode(payload: &[u8]) -> Result<Self, FieldError> {
         // Walked through first: what is wrong is told by field and number, and nothing is allocated
         // for a record that is refused.
-        schema::check(payload, M::KIND.fields)?;
+        (M::KIND.check)(payload)?;
         <M as prost::Message>::decode(payload).map_err(|_| FieldError {
             number: 0,
             name: "",

@@ -60,6 +60,15 @@ pub trait Save {
     }
 }
 
+/// A save that is lent.
+impl<S: Save + ?Sized> Save for &mut S {
+    type Error = S::Error;
+
+    fn step(&mut self, buffer: &mut [u8]) -> Result<SaveStep, S::Error> {
+        S::step(self, buffer)
+    }
+}
+
 /// Why a save into a [`Write`] has failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError<E: Error + 'static> {

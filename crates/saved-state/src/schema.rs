@@ -1,6 +1,8 @@
 //! The fields of records, as data: what a reader checks before it uses anything, and what a tool
 //! shows of a record whose meaning it does not know.
 
+use vmbus_wire::guid::Guid;
+
 use crate::error::{FieldError, FieldProblem};
 use crate::protobuf::{Raw, Walk};
 
@@ -88,7 +90,16 @@ impl Field {
             (Shape::Bytes { most }, Raw::Bytes(bytes)) => Value::Bytes(length(bytes, most)?),
             (Shape::Text { most }, Raw::Bytes(bytes)) => {
                 let text = std::str::from_utf8(length(bytes, most)?);
-                Value::Text(text.map_err(|_| FieldProblem::Text)?)
+                let text = text.map_err(|_| FieldProblem::Text)?;
+                if let Some(found) = text.chars().find(|letter| letter.is_control()) {
+                    return Err(FieldProblem::Control { found });
+                }
+                Value::Text(text)
+            }
+            (Shape::Guid, Raw::Bytes(bytes)) => {
+                let found = bytes.len() as u64;
+                let bytes = bytes.try_into().map_err(|_| FieldProblem::Guid { found })?;
+                Value::Guid(Guid::from_bytes(bytes))
             }
             (shape, raw) => {
                 let (found, expected) = (raw.wire_type(), Some(shape.wire_type()));
@@ -116,11 +127,14 @@ pub enum Shape {
         /// Bytes.
         most: usize,
     },
-    /// `string`, at most so many bytes.
+    /// `string`, at most so many bytes, without control characters: safe to show on a terminal,
+    /// whoever wrote it.
     Text {
         /// Bytes.
         most: usize,
     },
+    /// `bytes`: the 16 of a GUID as Windows stores it. Absent: all zeros.
+    Guid,
 }
 
 impl Shape {
@@ -128,7 +142,7 @@ impl Shape {
         match self {
             Self::Bool | Self::Uint32 | Self::Uint64 | Self::Enum(_) => 0,
             Self::Fixed64 => 1,
-            Self::Bytes { .. } | Self::Text { .. } => 2,
+            Self::Bytes { .. } | Self::Text { .. } | Self::Guid => 2,
         }
     }
 }
@@ -153,6 +167,8 @@ pub enum Value<'a> {
     Bytes(&'a [u8]),
     /// For [`Shape::Text`].
     Text(&'a str),
+    /// For [`Shape::Guid`].
+    Guid(Guid),
 }
 
 /// One field found in a record.

@@ -22,6 +22,30 @@ pub fn reads(mut reader: StreamReader, oldest: u16, newest: u16) -> StreamReader
     reader
 }
 
+/// Where the streams of a file are, going by the lengths of their chunks alone; ends at what is no
+/// stream.
+#[must_use]
+pub fn stream_ranges(file: &[u8]) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while let Some(rest) = file.get(at..)
+        && let Some(last) = chunk_ranges(rest).last()
+    {
+        ranges.push(at..at + last.end);
+        at += last.end;
+    }
+    ranges
+}
+
+/// [`rechain`] for each stream of a file.
+pub fn rechain_file(file: &mut [u8]) {
+    for range in stream_ranges(file) {
+        if let Some(stream) = file.get_mut(range) {
+            rechain(stream);
+        }
+    }
+}
+
 /// Where the chunks of `stream` are, going by their lengths alone; ends at what is no chunk.
 #[must_use]
 pub fn chunk_ranges(stream: &[u8]) -> Vec<Range<usize>> {

@@ -12,6 +12,7 @@
 mod damage;
 mod document;
 mod evolution;
+mod file;
 mod golden;
 mod hostile;
 mod memory;

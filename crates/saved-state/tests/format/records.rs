@@ -263,7 +263,6 @@ pub(crate) fn channel() -> impl Strategy<Value = ChannelRecord> {
             incoming_packets: numbers[13],
             transaction_uses: numbers[14],
             processing_at_passive: flags[4],
-            stopped: flags[0] && flags[4],
             stopped: flags[5],
         },
     )
