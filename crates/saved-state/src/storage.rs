@@ -64,6 +64,9 @@ pub struct StorageRecord {
     /// Disks that follow.
     #[prost(uint32, tag = "6")]
     pub disks: u32,
+    /// Disks that were ever attached.
+    #[prost(uint64, tag = "7")]
+    pub attachments: u64,
 }
 
 impl Record for StorageRecord {
@@ -79,6 +82,7 @@ impl Record for StorageRecord {
             Field::new(4, "sub_channels", Shape::Uint32),
             Field::new(5, "max_transfer_bytes", Shape::Uint32),
             Field::new(6, "disks", Shape::Uint32),
+            Field::new(7, "attachments", Shape::Uint64),
         ],
         check: record::check::<Self>,
     };
@@ -110,8 +114,8 @@ pub struct DiskIdentityRecord {
     /// Serial number.
     #[prost(string, tag = "7")]
     pub serial: String,
-    /// A fingerprint of the first [`Self::fingerprinted_bytes`] of its content; empty if none was
-    /// taken.
+    /// A fingerprint of the first [`Self::fingerprinted_bytes`] of its content: 16 bytes, the 128-bit
+    /// FNV-1a hash of them, most significant byte first. Empty if none was taken.
     #[prost(bytes = "vec", tag = "8")]
     pub fingerprint: Vec<u8>,
     /// See [`Self::fingerprint`].
@@ -124,6 +128,10 @@ pub struct DiskIdentityRecord {
     /// additional sense code and its qualifier.
     #[prost(bytes = "vec", tag = "11")]
     pub unit_attentions: Vec<u8>,
+    /// Which attachment of a disk to the controller this is, counted from 1. Requests name it: an
+    /// address may have got another disk meanwhile.
+    #[prost(uint64, tag = "12")]
+    pub attachment: u64,
 }
 
 impl Record for DiskIdentityRecord {
@@ -144,6 +152,7 @@ impl Record for DiskIdentityRecord {
             Field::new(9, "fingerprinted_bytes", Shape::Uint64),
             Field::new(10, "read_only", Shape::Bool),
             Field::new(11, "unit_attentions", Shape::Bytes { most: 2 * MAX_UNIT_ATTENTIONS }),
+            Field::new(12, "attachment", Shape::Uint64),
         ],
         check: record::check::<Self>,
     };
@@ -168,12 +177,15 @@ pub struct StorageRequestRecord {
     /// Bytes of the transfer.
     #[prost(uint32, tag = "5")]
     pub transfer_bytes: u32,
-    /// Bytes moved for good: a replay may begin behind them.
+    /// Bytes moved for good, of its present range if it has several: a replay may begin behind them.
     #[prost(uint32, tag = "6")]
     pub moved_bytes: u32,
     /// Ranges discarded for good, of a command that has several.
     #[prost(uint32, tag = "7")]
     pub discarded_ranges: u32,
+    /// The attachment of the disk that it is for.
+    #[prost(uint64, tag = "8")]
+    pub attachment: u64,
 }
 
 impl Record for StorageRequestRecord {
@@ -190,6 +202,7 @@ impl Record for StorageRequestRecord {
             Field::new(5, "transfer_bytes", Shape::Uint32),
             Field::new(6, "moved_bytes", Shape::Uint32),
             Field::new(7, "discarded_ranges", Shape::Uint32),
+            Field::new(8, "attachment", Shape::Uint64),
         ],
         check: record::check::<Self>,
     };
