@@ -4,6 +4,7 @@
 use vmbus_wire::status::NtStatus;
 
 use crate::channel::Channel;
+use crate::fenced::ResumedPacket;
 use crate::incoming::IncomingPacket;
 use crate::packet::Packet;
 
@@ -73,12 +74,87 @@ pub trait ProcessPacket: Send + Sync {
     /// Source: EvtVmbChannelProcessPacket.
     fn process_packet(&self, channel: &Channel, packet: IncomingPacket);
 
+    /// A packet that was handed over comes again: the channel has thawed, or was restored. Such packets
+    /// come before any other, in the order in which they were first delivered. Devices that keep
+    /// nothing with a packet begin anew, which is what this does if it is not implemented.
+    ///
+    /// An extension: see [`Frozen`](crate::Frozen).
+    fn resume_packet(&self, channel: &Channel, packet: ResumedPacket) {
+        self.process_packet(channel, packet.into_packet());
+    }
+
+    /// The channel was frozen. The device begins no further I/O, and settles the packets that it has:
+    /// it completes them, or says what has become of them and hands them over
+    /// ([`IncomingPacket::never_started`], [`IncomingPacket::cancelled`]), here or later, on any thread.
+    ///
+    /// An extension: see [`Frozen`](crate::Frozen).
+    fn freeze(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
+    /// The channel goes on. Packets that were handed over come next.
+    ///
+    /// An extension: see [`Frozen`](crate::Frozen).
+    fn thaw(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
     /// The batch has ended after `packets` deliveries, whatever ended it (D-44).
     ///
     /// Source: EvtVmbChannelProcessingComplete.
     fn processing_complete(&self, channel: &Channel, packets: u32) {
         let _ = (channel, packets);
     }
+}
+
+/// What a server endpoint keeps with its packets in flight, while the channel is saved and restored.
+///
+/// Source: VmbServerChannelInitSetSaveRestorePacketCallbacks; D-20 to D-27.
+pub trait SaveRestorePacket: Send + Sync {
+    /// Bytes of private state that the driver has for `packet`, which is in flight; 0 for none. The
+    /// driver knows its packet by [`Packet::pointer`], or by a table of its own.
+    ///
+    /// # Errors
+    /// A status that ends the save (D-21).
+    ///
+    /// Source: EvtVmbChannelSavePacket, first call; D-23.
+    fn state_size(&self, channel: &Channel, packet: &Packet) -> Result<u32, NtStatus> {
+        let _ = (channel, packet);
+        Ok(0)
+    }
+
+    /// Writes that state into `buffer`, which has at least as many bytes as were asked for, and
+    /// returns how many of them count.
+    ///
+    /// # Errors
+    /// A status that ends the save (D-21). So does a length beyond the buffer (D-22).
+    ///
+    /// Source: EvtVmbChannelSavePacket, second call.
+    fn save_packet(
+        &self,
+        channel: &Channel,
+        packet: &Packet,
+        buffer: &mut [u8],
+    ) -> Result<u32, NtStatus> {
+        let _ = (channel, packet, buffer);
+        Ok(0)
+    }
+
+    /// A packet that was in flight comes back. The driver allocates a packet, sets its completion
+    /// routine (and pointer, if it has one), and calls [`Packet::restore`] with `library_state`;
+    /// `own_state` is what [`Self::save_packet`] had written, empty if nothing. Both are valid during
+    /// the call only. Returning success without the restore gives the transaction up (D-27).
+    ///
+    /// # Errors
+    /// A status that ends the restore: packets that came back before end with STATUS_CANCELLED.
+    ///
+    /// Source: EvtVmbChannelRestorePacket; D-25, D-26.
+    fn restore_packet(
+        &self,
+        channel: &Channel,
+        library_state: &[u8],
+        own_state: &[u8],
+    ) -> Result<(), NtStatus>;
 }
 
 /// Takes the end of packets that were sent.

@@ -2,6 +2,7 @@
 //! everything else happens in. The setters are in `setters`, sending is in `send`, and what a
 //! life-cycle step does is in `control`.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -18,14 +19,18 @@ use crate::doorbell::EventDoorbell;
 use crate::error::{ChannelError, Error};
 use crate::events::Mailbox;
 use crate::gpadl::Mappings;
+use crate::hold::Hold;
 use crate::incoming::Level;
 use crate::lifecycle::{ChannelState, Event, Side};
 use crate::pool::Body;
 use crate::receiver::{Receiver, Turn};
+use crate::restore::RestoreSlot;
+use crate::save::SaveState;
 use crate::send::SendBounds;
 use crate::settings::Settings;
 use crate::thread_mark;
-use crate::traffic::{Consequences, HandedBack, Traffic};
+use crate::traffic::{Consequences, Traffic};
+use crate::waiting::Waiting;
 
 /// A channel's handle: cheap to clone, usable from any thread. The channel lives as long as a handle
 /// or one of its packets does.
@@ -37,7 +42,7 @@ pub struct Channel {
 }
 
 /// What all handles of a channel share. Locks are taken one at a time, but for `control` before
-/// `settings`; none is held across a callback or a call to the bus that could call back.
+/// `settings` and `receiver` before `traffic`; none is held across a callback or a call to the bus that could call back.
 pub(crate) struct Shared {
     pub(crate) side: Side,
     pub(crate) bus: Arc<dyn Bus>,
@@ -71,6 +76,10 @@ pub(crate) struct Shared {
     pointer: AtomicUsize,
     /// Numbers the packets of synchronous requests.
     pub(crate) tags: AtomicU64,
+    pub(crate) hold: Hold,
+    /// The save of the documented calls.
+    pub(crate) save: Mutex<Option<Box<SaveState>>>,
+    pub(crate) restore: Mutex<RestoreSlot>,
 }
 
 /// Where the receiver is kept while nobody processes.
@@ -160,6 +169,9 @@ impl Channel {
                 mappings: Mutex::default(),
                 pointer: AtomicUsize::new(0),
                 tags: AtomicU64::new(1),
+                hold: Hold::default(),
+                save: Mutex::new(None),
+                restore: Mutex::default(),
             }),
         }
     }
@@ -232,6 +244,7 @@ impl Channel {
 
     /// Asks for it and does not wait: [`Self::state`] is Disabled when it has come about.
     pub fn begin_disable(&self) {
+        self.end_hold();
         self.shared.mailbox.post_request(Event::Disable);
         self.drive_unless_driven();
     }
@@ -471,22 +484,43 @@ impl Channel {
         }
     }
 
-    /// Waits until no packet callback runs, then changes the receiver; `None` takes it away.
-    pub(crate) fn with_receiver(
-        &self,
-        change: impl FnOnce(Option<Box<Receiver>>) -> Option<Box<Receiver>>,
-    ) {
+    /// Waits until no packet callback runs.
+    fn post(&self) -> MutexGuard<'_, Post> {
         let mut post = lock(&self.shared.receiver);
         while matches!(post.slot, Slot::Taken) {
             post.waiting += 1;
             post = self.shared.receiver_back.wait(post).unwrap_or_else(PoisonError::into_inner);
             post.waiting -= 1;
         }
+        post
+    }
+
+    /// Waits until no packet callback runs, then changes the receiver; `None` takes it away.
+    pub(crate) fn with_receiver(
+        &self,
+        change: impl FnOnce(Option<Box<Receiver>>) -> Option<Box<Receiver>>,
+    ) {
+        let mut post = self.post();
         let before = match std::mem::replace(&mut post.slot, Slot::Absent) {
             Slot::Here(receiver) => Some(receiver),
             Slot::Absent | Slot::Taken => None,
         };
         post.slot = change(before).map_or(Slot::Absent, Slot::Here);
+    }
+
+    /// Changes the traffic together with what waits in front of the incoming ring, while no packet
+    /// callback runs.
+    pub(crate) fn with_line<R>(
+        &self,
+        change: impl FnOnce(&mut Traffic, &mut VecDeque<Waiting>) -> R,
+    ) -> R {
+        let mut post = self.post();
+        let mut none = VecDeque::new();
+        let line = match &mut post.slot {
+            Slot::Here(receiver) => receiver.line(),
+            Slot::Absent | Slot::Taken => &mut none,
+        };
+        change(&mut self.traffic(), line)
     }
 
     /// Lets packets be delivered, or stops it and waits until none is.
@@ -518,6 +552,10 @@ impl Channel {
         }
         if consequences.restart {
             self.kick();
+        }
+        if consequences.settled {
+            self.shared.mailbox.wake();
+            self.shared.hold.wake();
         }
     }
 
@@ -552,7 +590,7 @@ impl Channel {
         self.follow(consequences);
     }
 
-    pub(crate) fn hand_back(&self, handed_back: HandedBack) {
+    pub(crate) fn hand_back(&self, handed_back: Waiting) {
         let kept = self.traffic().hand_back(handed_back);
         self.shared.callback_asked.store(true, Ordering::Relaxed);
         match kept {

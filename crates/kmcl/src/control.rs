@@ -1,6 +1,7 @@
 //! Performs what the life cycle asks for: takes letters out of the mailbox, steps the pure machine,
 //! and does the effects in order, callbacks included, with no lock held.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,6 +19,7 @@ use crate::channel::{Channel, lock};
 use crate::error::Error;
 use crate::events::Letter;
 use crate::flags::ServerFlags;
+use crate::gpadl::Mappings;
 use crate::lifecycle::{ChannelState, Effect, Event, Lifecycle, Side};
 use crate::packet::Packet;
 use crate::pool;
@@ -110,6 +112,9 @@ impl Channel {
             tracing::error!(call, "ignored: called in a packet callback");
             return;
         }
+        if request == Event::Disable {
+            self.end_hold();
+        }
         let ticket = self.shared.mailbox.post_request(request);
         loop {
             let seen = self.shared.mailbox.rung();
@@ -120,6 +125,10 @@ impl Channel {
             };
             // A pause that a disable of another thread overtakes waits with it.
             if done && !matches!(self.state(), ChannelState::Pausing | ChannelState::Closing) {
+                return;
+            }
+            if self.shared.hold.is_held() {
+                tracing::debug!(call, "waits for the end of a freeze or a save");
                 return;
             }
             self.shared.mailbox.wait(seen, None);
@@ -148,6 +157,10 @@ impl Channel {
                 return false;
             }
             let Some(_stepping) = Stepping::begin(self) else { return false };
+            // Looked at with the right to step: whoever holds the channel takes that first.
+            if self.shared.hold.is_held() {
+                return false;
+            }
             while let Some(letter) = self.shared.mailbox.take() {
                 self.handle(letter);
                 self.shared.mailbox.notify();
@@ -203,7 +216,7 @@ impl Channel {
     }
 
     /// One step of the life cycle, and those that follow from its effects.
-    fn step(&self, event: Event) {
+    pub(crate) fn step(&self, event: Event) {
         let mut next = Some(event);
         while let Some(event) = next.take() {
             let stepped = {
@@ -291,6 +304,7 @@ impl Channel {
             Effect::Detach => self.detach(),
             Effect::ReportClosed => self.with_server_link(|link| link.closed()),
             Effect::Disconnect => self.disconnect(),
+            Effect::LetGo => self.let_go(),
             Effect::CallPnpFailure => {
                 self.show(ChannelState::Disabled);
                 let status = lock(&self.shared.control).failure;
@@ -380,6 +394,10 @@ impl Channel {
         let mut receiver = Box::new(Receiver::new(reader, settings.process_packet, is_pipe));
         receiver.mask();
         self.with_receiver(|_| Some(receiver));
+        self.install_restored(rings.resumed).map_err(|error| {
+            tracing::warn!(channel = %self.name(), %error, "open refused: the saved state does not fit");
+            error.status()
+        })?;
         let mut control = lock(&self.shared.control);
         control.memory = Some(rings.memory);
         control.user_data = Some(rings.user_data);
@@ -397,7 +415,7 @@ impl Channel {
         }
     }
 
-    fn flush_outgoing(&self) {
+    pub(crate) fn flush_outgoing(&self) {
         let mut done = Vec::new();
         let flushed = self.traffic().flush_now(&mut done);
         match flushed {
@@ -410,6 +428,7 @@ impl Channel {
     }
 
     fn cancel_outgoing(&self, status: NtStatus) {
+        self.abandon_restore();
         let packets = self.traffic().take_outgoing();
         for packet in packets {
             Packet::end(packet, self, status, &[]);
@@ -417,16 +436,16 @@ impl Channel {
     }
 
     fn detach(&self) {
-        let mut deferred = None;
+        let mut line = VecDeque::new();
         self.with_receiver(|receiver| {
-            deferred = receiver.and_then(|mut receiver| receiver.take_deferred());
+            if let Some(mut receiver) = receiver {
+                line = std::mem::take(receiver.line());
+            }
             None
         });
         {
             let mut traffic = self.traffic();
-            if let Some(body) = deferred {
-                traffic.discard(body);
-            }
+            line.into_iter().for_each(|waiting| traffic.discard(waiting.body));
             traffic.detach();
         }
         self.clear_stop();
@@ -438,6 +457,30 @@ impl Channel {
         }
         // What slipped in between the cancelling and now.
         self.cancel_outgoing(NtStatus::DEVICE_REMOVED);
+    }
+
+    /// The channel goes on elsewhere. What the driver has of it is forgotten without a word: it ends
+    /// there.
+    fn let_go(&self) {
+        let link = std::mem::replace(&mut lock(&self.shared.control).link, Link::None);
+        if let Link::Server(link) = &link {
+            link.moved_away();
+        }
+        drop(link);
+        *lock(&self.shared.mappings) = Mappings::default();
+        self.with_receiver(|_| None);
+        let forgotten = {
+            let mut traffic = self.traffic();
+            traffic.detach();
+            traffic.take_outgoing()
+        };
+        for packet in forgotten {
+            drop(Packet::new(packet, self.clone()));
+        }
+        self.clear_stop();
+        self.shared.mailbox.clear_answers();
+        let mut control = lock(&self.shared.control);
+        (control.memory, control.user_data) = (None, None);
     }
 
     fn disconnect(&self) {
@@ -495,7 +538,7 @@ fn target(settings: &Settings) -> Target {
 }
 
 /// The right to step, given back on drop.
-struct Stepping<'a>(&'a Channel);
+pub(crate) struct Stepping<'a>(&'a Channel);
 
 impl<'a> Stepping<'a> {
     fn begin(channel: &'a Channel) -> Option<Self> {
@@ -508,7 +551,7 @@ impl<'a> Stepping<'a> {
     }
 
     /// Waits for its turn; `None` inside a callback, where the turn would never come.
-    fn wait(channel: &'a Channel) -> Option<Self> {
+    pub(crate) fn wait(channel: &'a Channel) -> Option<Self> {
         loop {
             let seen = channel.shared.mailbox.rung();
             if let Some(stepping) = Self::begin(channel) {

@@ -103,6 +103,23 @@ pub enum Error {
     /// The bus refused, with this status.
     #[error("the bus answered {0}")]
     Bus(NtStatus),
+    /// The device of a frozen channel still has packets that it has neither completed nor handed over:
+    /// STATUS_DEVICE_BUSY.
+    #[error("{packets} packets are still running")]
+    Running {
+        /// How many.
+        packets: u32,
+    },
+    /// The state cannot be said in the version of the format that was asked for: STATUS_UNSUCCESSFUL.
+    #[error(transparent)]
+    Format(saved_state::WriteError),
+    /// The library's state of a packet is not the one that is being restored: length 3, anything else
+    /// 2 (D-28): STATUS_INVALID_PARAMETER_`position`.
+    #[error("the library's state of a packet is not the one given to the restore callback")]
+    ForeignState {
+        /// Which argument of VmbPacketRestore.
+        position: u8,
+    },
     /// The system is out of something: STATUS_INSUFFICIENT_RESOURCES.
     #[error("out of resources: {0}")]
     Resources(&'static str),
@@ -114,7 +131,11 @@ impl Error {
     pub fn status(&self) -> NtStatus {
         match self {
             Self::NotInitializing { .. } => NtStatus::INVALID_PARAMETER_1,
-            Self::Argument { position, .. } => NtStatus::invalid_parameter(*position),
+            Self::Argument { position, .. } | Self::ForeignState { position } => {
+                NtStatus::invalid_parameter(*position)
+            }
+            Self::Running { .. } => NtStatus::DEVICE_BUSY,
+            Self::Format(_) => NtStatus::UNSUCCESSFUL,
             Self::NoMmio | Self::NotMemory { .. } => NtStatus::INVALID_PARAMETER,
             Self::State { .. } => NtStatus::INVALID_DEVICE_STATE,
             Self::Removed { .. } => NtStatus::DEVICE_REMOVED,
@@ -176,4 +197,7 @@ pub enum ChannelError {
     /// The device failed a packet (VmbChannelPacketFail, D-36).
     #[error("the device failed a packet")]
     PacketFailed,
+    /// It was stopped when it was saved.
+    #[error("the channel was stopped before it was restored")]
+    BeforeRestore,
 }

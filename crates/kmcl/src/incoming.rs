@@ -6,7 +6,7 @@ use crate::external::ExternalData;
 use crate::flags::ExternalDataFlags;
 use crate::pool::{Body, External};
 use crate::stage;
-use crate::traffic::HandedBack;
+use crate::waiting::{Waiting, Why};
 
 /// What the thread that delivers a packet may do. KMCL's two interrupt levels, outside Windows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -116,7 +116,9 @@ impl IncomingPacket {
     /// otherwise (D-47). More than [`Channel::init_set_maximum_completion_size`] is a driver's bug:
     /// asserted in debug builds, clipped otherwise.
     ///
-    /// Any thread, any order. Never waits: room in the ring was reserved before the delivery.
+    /// Any thread, any order. Never waits: room in the ring was reserved before the delivery. While the
+    /// channel is frozen the completion is held: it leaves when the channel thaws, or where it was
+    /// restored.
     ///
     /// Source: VmbChannelPacketComplete.
     #[inline]
@@ -154,7 +156,7 @@ impl IncomingPacket {
     fn hand_back(mut self, at_passive: bool, after_memory: bool) {
         let Some(Held { body, channel }) = self.held.take() else { return };
         if channel.in_packet_callback() {
-            channel.hand_back(HandedBack { body, at_passive, after_memory });
+            channel.hand_back(Waiting { body, why: Why::HandedBack { at_passive, after_memory } });
         } else {
             channel.refuse_back(body);
         }

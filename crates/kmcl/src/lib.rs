@@ -11,6 +11,7 @@
 //! | what a device implements | [`StateChange`], [`ProcessPacket`] |
 //! | a packet from the peer, and its external data | [`IncomingPacket`], [`ExternalData`] |
 //! | a packet to the peer, and its completion | [`Packet`], [`PacketCompletion`] |
+//! | saving and restoring with packets in flight | [`ChannelSave`], [`ChannelRestore`], [`Frozen`] |
 //! | the seam to the bus underneath | [`bus`] |
 //! | both ends in one process, for tests of devices | [`loopback`] |
 //!
@@ -42,14 +43,19 @@ mod doorbell;
 mod error;
 mod events;
 mod external;
+mod fenced;
 mod flags;
+mod frozen;
 mod gpadl;
+mod hold;
 mod incoming;
 pub mod lifecycle;
 pub mod loopback;
 mod packet;
 mod pool;
 mod receiver;
+mod restore;
+mod save;
 mod send;
 mod setters;
 mod settings;
@@ -57,20 +63,27 @@ mod stage;
 mod synchronous;
 mod thread_mark;
 mod traffic;
+mod transactions;
+mod waiting;
 
 pub use batch::Batch;
-pub use callbacks::{PacketCompletion, PnpFailure, ProcessPacket, StateChange};
+pub use callbacks::{PacketCompletion, PnpFailure, ProcessPacket, SaveRestorePacket, StateChange};
 pub use channel::{Channel, Progress};
 pub use error::{ChannelError, Error, SendError};
 pub use external::ExternalData;
+pub use fenced::{Fence, Fenced, HandOverProblem, MAX_DEVICE_STATE, NotHandedOver, ResumedPacket};
 pub use flags::{ChannelFlags, ExternalDataFlags, GpadlFlags, SendFlags, ServerFlags};
+pub use frozen::Frozen;
 pub use gpadl::GpadlMapping;
 pub use incoming::{IncomingPacket, Level};
 pub use lifecycle::{ChannelState, Side};
 pub use packet::Packet;
+pub use restore::{ChannelRestore, RestoreError, RestoreFromError, Restored};
+pub use save::{ChannelSave, ChannelSaveError, MAX_DRIVER_STATE, SaveContinue, SaveOptions};
 pub use settings::Limits;
 pub use synchronous::Timeout;
 
+pub use saved_state::{Save, SaveError, SaveStep};
 pub use vmbus_memory as memory;
 pub use vmbus_wire::guid::Guid;
 pub use vmbus_wire::status::NtStatus;

@@ -106,11 +106,13 @@ pub enum Event {
     /// The guest has closed the channel (server), the offer was rescinded (client), or the bus is
     /// gone.
     PeerClosed,
+    /// The channel was saved, and goes on elsewhere.
+    MovedAway,
 }
 
 impl Event {
     /// Every event, for tables.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Enable,
         Self::ConnectRefused,
         Self::Offered,
@@ -123,6 +125,7 @@ impl Event {
         Self::Drained,
         Self::Disable,
         Self::PeerClosed,
+        Self::MovedAway,
     ];
 }
 
@@ -169,6 +172,8 @@ pub enum Effect {
     Disconnect,
     /// Client: call the PnP failure callback.
     CallPnpFailure,
+    /// Server: let go of rings, packets and bus without a word to anybody.
+    LetGo,
 }
 
 /// An event that makes no sense in the present state: a caller's or a bus's mistake.
@@ -314,6 +319,12 @@ impl Lifecycle {
             (S::Enabled | S::Connecting, E::PeerClosed) => self.failed(),
             (S::Paused | S::Active | S::Pausing | S::Closing, E::PeerClosed) => {
                 self.closing(NtStatus::DEVICE_REMOVED)
+            }
+
+            (S::Disabled | S::Opening | S::Connecting, E::MovedAway) => return Err(refused),
+            (_, E::MovedAway) if self.side == Side::Server => {
+                self.end();
+                vec![Effect::LetGo]
             }
 
             _ => return Err(refused),

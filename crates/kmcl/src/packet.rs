@@ -46,6 +46,8 @@ pub(crate) struct PacketBody {
     pub(crate) tag: u64,
     /// One of the channel's pool, and counted there.
     pub(crate) pooled: bool,
+    /// Its number in the order of queueing; 0 if it never was queued.
+    pub(crate) queued: u64,
     /// The message, while the packet waits for room in the ring.
     message: Vec<u8>,
     /// The description of external data as it goes into the ring, in little-endian words; empty
@@ -61,6 +63,7 @@ impl PacketBody {
             transaction: false,
             tag: 0,
             pooled: true,
+            queued: 0,
             message: Vec::with_capacity(message_size as usize),
             extension: Vec::new(),
         }
@@ -71,6 +74,7 @@ impl PacketBody {
         self.routine = None;
         self.pointer = 0;
         self.tag = 0;
+        self.queued = 0;
     }
 
     pub(crate) fn kind(&self) -> PacketKind {
@@ -90,6 +94,16 @@ impl PacketBody {
         self.message.clear();
         self.message.extend_from_slice(message.header);
         self.message.extend_from_slice(message.body);
+    }
+
+    /// Takes over what a packet was elsewhere: its whole message, headers included, and the description
+    /// of its external data in the ring's own bytes.
+    pub(crate) fn take_over(&mut self, transaction: bool, message: &[u8], extension: &[u8]) {
+        self.transaction = transaction;
+        self.keep(Message { header: &[], body: message });
+        self.extension.clear();
+        self.extension.resize(extension.len() / 8, 0);
+        self.extension.as_mut_bytes().copy_from_slice(extension);
     }
 
     pub(crate) fn message(&self) -> &[u8] {

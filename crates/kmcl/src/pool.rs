@@ -33,6 +33,8 @@ pub(crate) enum External {
 
 /// See the module. Boxed, because it travels from pool to receiver to device and back.
 pub(crate) struct Body {
+    /// Its number in the order of delivery, on this channel since it opened.
+    pub(crate) order: u64,
     pub(crate) transaction_id: u64,
     pub(crate) wants_completion: bool,
     pub(crate) external: External,
@@ -41,6 +43,8 @@ pub(crate) struct Body {
     end: usize,
     payload: Vec<u8>,
     extension: Box<[u64]>,
+    /// Words of the present packet's extension.
+    extension_words: usize,
     /// Most bytes of a completion.
     completion_limit: usize,
     /// Most bytes of external data.
@@ -61,6 +65,7 @@ impl Body {
         let payload = settings.maximum_packet_size.max(settings.completion_size());
         let payload = payload.min(INLINE_PAYLOAD).next_multiple_of(8);
         Self {
+            order: 0,
             transaction_id: 0,
             wants_completion: false,
             external: External::None,
@@ -68,6 +73,7 @@ impl Body {
             end: 0,
             payload: vec![0; payload as usize],
             extension: vec![0; 1 + settings.external_words()].into(),
+            extension_words: 0,
             completion_limit: settings.completion_size() as usize,
             external_limit: settings.external_data_size,
             context: vec![0; settings.client_context_size as usize].into(),
@@ -86,6 +92,7 @@ impl Body {
         self.transaction_id = transaction_id;
         self.wants_completion = wants_completion;
         self.external = External::None;
+        self.extension_words = 0;
         self.start = 0;
         self.end = len;
         if !self.context.is_empty() {
@@ -108,6 +115,7 @@ impl Body {
     pub(crate) fn check_external(&mut self, words: usize) -> Result<(), ExtensionError> {
         let extension = self.extension.get(..words).unwrap_or_default();
         let ranges = gpa_direct(extension)?;
+        self.extension_words = words;
         let bytes = ranges.total_bytes();
         self.external = if bytes > u64::from(self.external_limit) {
             External::TooMuch { bytes }
@@ -147,6 +155,24 @@ impl Body {
         true
     }
 
+    /// As [`Self::keep_completion`], with more room where that takes it: the packet may wait for long.
+    pub(crate) fn hold_completion(&mut self, payload: &[u8]) {
+        if self.payload.len() < payload.len() {
+            self.payload.resize(payload.len(), 0);
+        }
+        if let Some(room) = self.payload.get_mut(..payload.len()) {
+            room.copy_from_slice(payload);
+        }
+        self.start = 0;
+        self.end = payload.len();
+    }
+
+    /// The extension of the present packet as the ring had it; empty without external data, or where
+    /// that is too much to be kept.
+    pub(crate) fn extension(&self) -> &[u64] {
+        self.extension.get(..self.extension_words).unwrap_or_default()
+    }
+
     #[inline]
     pub(crate) fn payload(&self) -> &[u8] {
         self.payload.get(self.start..self.end).unwrap_or_default()
@@ -172,6 +198,10 @@ impl Body {
 
     pub(crate) fn context(&mut self) -> &mut [u8] {
         &mut self.context
+    }
+
+    pub(crate) fn saved_context(&self) -> &[u8] {
+        &self.context
     }
 }
 

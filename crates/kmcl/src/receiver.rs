@@ -3,9 +3,10 @@
 //! One thread at a time owns the receiver: it takes it out of the channel, works, and puts it back.
 //! So no lock is held while a callback runs, and whoever finds it gone knows that somebody is at it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use vmbus_ring::{RingPacket, RingReader};
+use vmbus_ring::{RingError, RingPacket, RingReader};
 use vmbus_wire::packet::{PacketKind, extension};
 use vmbus_wire::pipe::{self, PipePacket, PipePacketType};
 use vmbus_wire::status::NtStatus;
@@ -13,11 +14,13 @@ use vmbus_wire::status::NtStatus;
 use crate::callbacks::ProcessPacket;
 use crate::channel::Channel;
 use crate::error::ChannelError;
+use crate::fenced::ResumedPacket;
 use crate::incoming::{IncomingPacket, Level};
 use crate::packet::{Packet, PacketBody};
 use crate::pool::Body;
 use crate::stage::{Running, Stage};
-use crate::traffic::{HandedBack, Starved};
+use crate::traffic::{RingState, Starved};
+use crate::waiting::{Waiting, Why};
 
 /// Most packets delivered before their ring space and completions are shown to the peer. Larger
 /// batches save little and let the peer wait.
@@ -34,8 +37,10 @@ pub(crate) struct Receiver {
     is_pipe: bool,
     /// Packets are delivered: the channel is Active.
     queue_on: bool,
-    /// Handed back by its callback; first in line.
-    deferred: Option<HandedBack>,
+    /// Packets that come before those in the ring.
+    line: VecDeque<Waiting>,
+    /// Packets delivered so far.
+    delivered: u64,
     /// Where callbacks put completions aside; with the running batch while there is one.
     stage: Option<Box<Stage>>,
     /// Taken from the pool for this batch.
@@ -81,7 +86,8 @@ impl Receiver {
             process,
             is_pipe,
             queue_on: false,
-            deferred: None,
+            line: VecDeque::new(),
+            delivered: 0,
             stage: Some(Stage::new()),
             grant: Vec::with_capacity(BATCH as usize),
             scratch: Vec::new(),
@@ -111,18 +117,35 @@ impl Receiver {
         channel.follow(consequences);
     }
 
-    /// Gives up the packet that was handed back, for the end of the channel.
-    pub(crate) fn take_deferred(&mut self) -> Option<Box<Body>> {
-        self.deferred.take().map(|deferred| deferred.body)
+    /// The packets that come before those in the ring.
+    pub(crate) fn line(&mut self) -> &mut VecDeque<Waiting> {
+        &mut self.line
+    }
+
+    /// Where the next packet is read, and the size of the ring, in bytes.
+    pub(crate) fn ring_state(&self) -> RingState {
+        RingState { data_len: self.reader.data_len(), index: self.reader.read_index() }
+    }
+
+    /// Goes on where a saved state says, with the packets that it has. Nothing has changed where it
+    /// fails.
+    pub(crate) fn resume(
+        &mut self,
+        read_index: u32,
+        delivered: u64,
+        line: impl IntoIterator<Item = Waiting>,
+    ) -> Result<(), RingError> {
+        self.reader.resume_at(read_index)?;
+        self.delivered = delivered;
+        self.line.extend(line);
+        Ok(())
     }
 
     /// Delivers up to `budget` packets.
     pub(crate) fn run(&mut self, channel: &Channel, level: Level, budget: u32) -> Turn {
         let mut turn = Turn::default();
-        if channel.take_memory_arrived()
-            && let Some(deferred) = &mut self.deferred
-        {
-            deferred.after_memory = false;
+        if channel.take_memory_arrived() {
+            self.line.iter_mut().for_each(Waiting::forget_memory);
         }
         if !self.queue_on || channel.is_stopped() {
             self.flush_queue(channel);
@@ -226,16 +249,13 @@ impl Receiver {
             if channel.requires_passive() && level == Level::Dispatch {
                 return Ok(End::NeedsPassive);
             }
-            if let Some(deferred) = self.deferred.take() {
-                if deferred.after_memory || (deferred.at_passive && level == Level::Dispatch) {
-                    let waits_for_memory = deferred.after_memory;
-                    self.deferred = Some(deferred);
-                    return Ok(if waits_for_memory { End::Stopped } else { End::NeedsPassive });
+            if !self.line.is_empty() {
+                if let Some(end) = self.may_not_deliver(level) {
+                    return Ok(end);
                 }
                 *taken += 1;
                 *delivered += 1;
-                channel.traffic().deliver_again();
-                self.hand_over(running, channel, level, deferred.body)?;
+                self.deliver_waiting(running, channel, level)?;
                 continue;
             }
             let Some(packet) = self.reader.peek().map_err(ChannelError::Incoming)? else {
@@ -272,12 +292,54 @@ impl Receiver {
                     self.reader.advance();
                     *taken += 1;
                     *delivered += 1;
+                    body.order = self.delivered;
+                    self.delivered += 1;
                     self.hand_over(running, channel, level, body)?;
                 }
                 kind => return Err(ChannelError::Kind(kind)),
             }
         }
         Ok(End::Full)
+    }
+
+    /// Why the first packet in the line cannot be delivered now, if so.
+    fn may_not_deliver(&self, level: Level) -> Option<End> {
+        let Why::HandedBack { at_passive, after_memory } = self.line.front()?.why else {
+            return None;
+        };
+        match (after_memory, at_passive && level == Level::Dispatch) {
+            (true, _) => Some(End::Stopped),
+            (false, true) => Some(End::NeedsPassive),
+            (false, false) => None,
+        }
+    }
+
+    /// Delivers the first packet in the line.
+    fn deliver_waiting(
+        &mut self,
+        running: &Running<'_>,
+        channel: &Channel,
+        level: Level,
+    ) -> Result<(), ChannelError> {
+        let Some(Waiting { body, why }) = self.line.pop_front() else { return Ok(()) };
+        match why {
+            Why::Completed => channel.complete_again(body),
+            Why::HandedBack { .. } => {
+                channel.traffic().deliver_again();
+                return self.hand_over(running, channel, level, body);
+            }
+            Why::HandedOver { fence, state } => {
+                channel.traffic().deliver_again();
+                let packet = IncomingPacket::new(body, running.handle(), level);
+                let packet = ResumedPacket::new(packet, fence, state);
+                match &self.process {
+                    Some(process) => process.resume_packet(channel, packet),
+                    None => drop(packet),
+                }
+                return self.after_callback(channel);
+            }
+        }
+        Ok(())
     }
 
     /// Calls the device with one packet.
@@ -293,8 +355,16 @@ impl Receiver {
             Some(process) => process.process_packet(channel, packet),
             None => drop(packet),
         }
+        self.after_callback(channel)
+    }
+
+    /// Does what a packet callback has asked for.
+    #[inline]
+    fn after_callback(&mut self, channel: &Channel) -> Result<(), ChannelError> {
         if channel.callback_asked() {
-            self.deferred = channel.traffic().take_handed_back();
+            if let Some(handed_back) = channel.traffic().take_handed_back() {
+                self.line.push_front(handed_back);
+            }
             if let Some(error) = channel.stop_reason() {
                 return Err(error);
             }

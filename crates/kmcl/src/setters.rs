@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vmbus_wire::guid::Guid;
 
 use crate::bus::USER_DATA_SIZE;
-use crate::callbacks::{PnpFailure, ProcessPacket, StateChange};
+use crate::callbacks::{PnpFailure, ProcessPacket, SaveRestorePacket, StateChange};
 use crate::channel::{Channel, lock};
 use crate::error::Error;
 use crate::flags::{ChannelFlags, ServerFlags};
@@ -219,6 +219,24 @@ impl Channel {
         self.set("server_init_set_target_interface_id", Some(Side::Server), |settings| {
             settings.interface_type = interface_type;
             settings.interface_instance = Some(interface_instance);
+            Ok(())
+        })
+    }
+
+    /// What is asked of the driver for each of its packets in flight, when the channel is saved and
+    /// restored. Without it packets are saved without private state, and none can be restored (D-24).
+    ///
+    /// # Errors
+    /// [`Error::NotInitializing`], also on a client.
+    ///
+    /// Source: VmbServerChannelInitSetSaveRestorePacketCallbacks.
+    pub fn server_init_set_save_restore_packet_callbacks(
+        &self,
+        callbacks: Arc<dyn SaveRestorePacket>,
+    ) -> Result<(), Error> {
+        let function = "server_init_set_save_restore_packet_callbacks";
+        self.set(function, Some(Side::Server), |settings| {
+            settings.save_restore = Some(callbacks);
             Ok(())
         })
     }

@@ -10,7 +10,7 @@ use vmbus_wire::pipe;
 use vmbus_wire::ring::RESERVED_BYTES;
 
 use crate::bus::USER_DATA_SIZE;
-use crate::callbacks::{PnpFailure, ProcessPacket, StateChange};
+use crate::callbacks::{PnpFailure, ProcessPacket, SaveRestorePacket, StateChange};
 use crate::flags::{ChannelFlags, ServerFlags};
 use crate::lifecycle::Side;
 
@@ -61,6 +61,7 @@ pub(crate) struct Settings {
     pub(crate) target_vtl: u8,
     pub(crate) mmio_megabytes: u16,
     pub(crate) mmio_megabytes_optional: u16,
+    pub(crate) save_restore: Option<Arc<dyn SaveRestorePacket>>,
     // Client.
     pub(crate) incoming_pages: u32,
     pub(crate) outgoing_pages: u32,
@@ -134,6 +135,7 @@ impl Default for Settings {
             target_vtl: 0,
             mmio_megabytes: 0,
             mmio_megabytes_optional: 0,
+            save_restore: None,
             incoming_pages: 8,
             outgoing_pages: 8,
             target_vp: 0,

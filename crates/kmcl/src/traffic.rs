@@ -16,6 +16,12 @@ use crate::packet::{Message, PacketBody};
 use crate::pool::Body;
 use crate::settings::Limits;
 use crate::thread_mark;
+use crate::transactions::Transactions;
+use crate::waiting::Waiting;
+
+mod still;
+
+pub(crate) use still::{ResumeError, RingState, SavedPlace};
 
 /// Why the receiver got no body for the next packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -47,7 +53,16 @@ pub(crate) struct Traffic {
     /// What follows from completions written in the middle of a batch.
     followers: Consequences,
     /// A body that a packet callback handed back, to be delivered again.
-    handed_back: Option<HandedBack>,
+    handed_back: Option<Waiting>,
+    /// No completion leaves.
+    frozen: bool,
+    /// Nothing is sent: the channel is frozen, being saved or restored.
+    still: bool,
+    /// Completions made while frozen, kept in their bodies.
+    held: Vec<Box<Body>>,
+    /// What is in the receiver's line otherwise, and what devices hand over, while the channel is
+    /// frozen or saved.
+    waiting: Vec<Waiting>,
 
     /// Packets sent that wait for room in the ring, oldest first.
     queue: VecDeque<Box<PacketBody>>,
@@ -57,17 +72,10 @@ pub(crate) struct Traffic {
     /// Packet objects that exist; bounded by [`Limits::PACKETS`].
     packets: u32,
     transmit: bool,
+    /// Packets that were queued so far: tells their order.
+    queued: u64,
     /// The thread that runs packet callbacks: what it writes is published when its batch ends.
     staging_thread: usize,
-}
-
-/// A packet that goes back to the head of the incoming queue.
-pub(crate) struct HandedBack {
-    pub(crate) body: Box<Body>,
-    /// Only a thread that may sleep may deliver it again.
-    pub(crate) at_passive: bool,
-    /// Not before the bus says that memory has arrived.
-    pub(crate) after_memory: bool,
 }
 
 struct OutgoingRing {
@@ -165,11 +173,17 @@ pub(crate) struct Consequences {
     pub(crate) drained: bool,
     /// The receiver can go on.
     pub(crate) restart: bool,
+    /// No packet of a frozen channel is with its device any more.
+    pub(crate) settled: bool,
 }
 
 impl Consequences {
     pub(crate) fn and(self, other: Self) -> Self {
-        Self { drained: self.drained | other.drained, restart: self.restart | other.restart }
+        Self {
+            drained: self.drained | other.drained,
+            restart: self.restart | other.restart,
+            settled: self.settled | other.settled,
+        }
     }
 }
 
@@ -186,11 +200,16 @@ impl Traffic {
             draining: false,
             followers: Consequences::default(),
             handed_back: None,
+            frozen: false,
+            still: false,
+            held: Vec::new(),
+            waiting: Vec::new(),
             queue: VecDeque::new(),
             transactions: Transactions::default(),
             free_packets: Vec::new(),
             packets: 0,
             transmit: false,
+            queued: 0,
             staging_thread: 0,
         }
     }
@@ -222,6 +241,9 @@ impl Traffic {
         self.ring = None;
         self.transmit = false;
         self.handed_back = None;
+        (self.frozen, self.still) = (false, false);
+        self.held = Vec::new();
+        self.waiting = Vec::new();
         self.pool = Vec::new();
     }
 
@@ -295,6 +317,9 @@ impl Traffic {
     ) -> (Consequences, Result<(), RingError>) {
         debug_assert!(payload.len() <= self.completion_size as usize, "completion too large");
         let payload = payload.get(..self.completion_size as usize).unwrap_or(payload);
+        if self.frozen && body.wants_completion {
+            return (self.hold(body, payload), Ok(()));
+        }
         let written = match &mut self.ring {
             Some(ring) if body.wants_completion => ring.complete(&body, payload),
             _ => Ok(()),
@@ -343,40 +368,43 @@ impl Traffic {
             None => self.pool.clear(), // the channel they belonged to is gone
         }
         self.outstanding = self.outstanding.saturating_sub(packets);
+        let drained = self.takes_part_in_drain();
+        let settled = self.is_settled();
+        Consequences { drained, restart: std::mem::take(&mut self.starved), settled }
+    }
+
+    /// Whether the last packet that somebody waits for has just come back.
+    fn takes_part_in_drain(&mut self) -> bool {
         let drained = self.draining && self.outstanding == 0;
         if drained {
             self.draining = false;
         }
-        Consequences { drained, restart: std::mem::take(&mut self.starved) }
+        drained
     }
 
     /// Keeps a packet that its callback handed back. It is nobody's while it waits, so a pause does
     /// not wait for it; the room for its completion stays promised. Only one can be kept: the body of
     /// a second comes back.
-    pub(crate) fn hand_back(&mut self, handed_back: HandedBack) -> Result<Consequences, Box<Body>> {
+    pub(crate) fn hand_back(&mut self, handed_back: Waiting) -> Result<Consequences, Box<Body>> {
         if self.handed_back.is_some() {
             return Err(handed_back.body);
         }
         self.handed_back = Some(handed_back);
         self.outstanding = self.outstanding.saturating_sub(1);
-        let drained = self.draining && self.outstanding == 0;
-        if drained {
-            self.draining = false;
-        }
-        Ok(Consequences { drained, restart: false })
+        Ok(Consequences { drained: self.takes_part_in_drain(), ..Consequences::default() })
     }
 
     /// The packet that was handed back since the last look.
-    pub(crate) fn take_handed_back(&mut self) -> Option<HandedBack> {
+    pub(crate) fn take_handed_back(&mut self) -> Option<Waiting> {
         self.handed_back.take()
     }
 
-    /// The packet handed back is delivered again.
+    /// A packet that waited is delivered.
     pub(crate) fn deliver_again(&mut self) {
         self.outstanding += 1;
     }
 
-    /// The packet handed back will not be delivered again: the channel goes down.
+    /// A packet that waited will not be delivered: the channel goes down.
     pub(crate) fn discard(&mut self, body: Box<Body>) {
         self.outstanding += 1;
         let _nobody_waits_for_it = self.retire(body);
@@ -440,7 +468,9 @@ impl Traffic {
     /// Whether a packet of `needed` ring bytes would go into the ring at once.
     pub(crate) fn has_room(&mut self, needed: u32) -> Result<bool, RingError> {
         match &mut self.ring {
-            Some(ring) if self.transmit && self.queue.is_empty() => ring.has_room(needed),
+            Some(ring) if self.transmit && !self.still && self.queue.is_empty() => {
+                ring.has_room(needed)
+            }
             _ => Ok(false),
         }
     }
@@ -459,8 +489,8 @@ impl Traffic {
             _ if needed > MAX_PACKET_BYTES + TRAILER_SIZE => SendRefused::TooLarge,
             Ok(false) => {
                 packet.keep(message);
-                self.queue.push_back(packet);
-                let first = self.transmit && self.queue.len() == 1;
+                self.enqueue(packet);
+                let first = self.transmit && !self.still && self.queue.len() == 1;
                 return Ok(if first { Sent::Blocked } else { Sent::Kept });
             }
             Ok(true) => match self.write(&packet, message) {
@@ -484,10 +514,16 @@ impl Traffic {
         }
     }
 
+    fn enqueue(&mut self, mut packet: Box<PacketBody>) {
+        self.queued += 1;
+        packet.queued = self.queued;
+        self.queue.push_back(packet);
+    }
+
     /// Moves queued packets into the ring while there is room; gives each that is done at once to
     /// `done`. [`Self::await_room`] says what becomes of the rest.
     pub(crate) fn flush(&mut self, done: &mut Vec<Box<PacketBody>>) -> Result<(), RingError> {
-        if self.queue.is_empty() || !self.transmit {
+        if self.queue.is_empty() || !self.transmit || self.still {
             return Ok(());
         }
         let Some(ring) = &mut self.ring else { return Ok(()) };
@@ -529,7 +565,7 @@ impl Traffic {
     pub(crate) fn await_room(&mut self) -> Result<bool, RingError> {
         let Some(ring) = &mut self.ring else { return Ok(false) };
         let queued = match self.queue.front() {
-            Some(packet) if self.transmit => {
+            Some(packet) if self.transmit && !self.still => {
                 let wanted = ring.wanted_for(packet.ring_bytes());
                 self.starved |= wanted.is_none();
                 wanted
@@ -652,107 +688,4 @@ fn write(
         extension: &[packet.extension()],
         payload: &[message.header, message.body],
     })
-}
-
-/// Transactions in flight. An id is a slot and how often the slot was used, so that an id that the
-/// peer repeats, keeps or makes up finds nothing.
-#[derive(Default)]
-struct Transactions {
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    /// Free slots promised to queued packets.
-    reserved: usize,
-}
-
-#[derive(Default)]
-struct Slot {
-    uses: u32,
-    packet: Option<Box<PacketBody>>,
-}
-
-impl Transactions {
-    /// Promises a slot, or `None` at the bound.
-    fn reserve(&mut self) -> Option<()> {
-        if self.reserved == self.free.len() {
-            let slot =
-                u32::try_from(self.slots.len()).ok().filter(|slot| *slot < Limits::PACKETS)?;
-            self.slots.push(Slot::default());
-            self.free.push(slot);
-        }
-        self.reserved += 1;
-        Some(())
-    }
-
-    fn unreserve(&mut self, transaction: bool) {
-        self.reserved = self.reserved.saturating_sub(usize::from(transaction));
-    }
-
-    /// The id that the next transaction will have; 0 for a packet that is none.
-    fn next_id(&self, transaction: bool) -> u64 {
-        match self.free.last() {
-            Some(&slot) if transaction => self.id(slot),
-            _ => 0,
-        }
-    }
-
-    fn id(&self, slot: u32) -> u64 {
-        let uses = self.slots.get(slot as usize).map_or(0, |slot| slot.uses);
-        u64::from(uses) << 32 | u64::from(slot + 1)
-    }
-
-    /// Puts a transaction just written into the slot whose id it was given.
-    fn begin(&mut self, packet: Box<PacketBody>) -> Sent {
-        if !packet.transaction {
-            return Sent::Done(packet);
-        }
-        self.reserved = self.reserved.saturating_sub(1);
-        let slot = self.free.pop().and_then(|slot| self.slots.get_mut(slot as usize));
-        match slot {
-            Some(slot) => {
-                slot.packet = Some(packet);
-                Sent::Kept
-            }
-            None => {
-                debug_assert!(false, "a transaction was begun without a reservation");
-                Sent::Done(packet)
-            }
-        }
-    }
-
-    fn end(&mut self, transaction_id: u64) -> Option<Box<PacketBody>> {
-        let uses = u32::try_from(transaction_id >> 32).ok()?;
-        let index = u32::try_from(transaction_id & 0xffff_ffff).ok()?.checked_sub(1)?;
-        let slot = self.slots.get_mut(index as usize).filter(|slot| slot.uses == uses)?;
-        let packet = slot.packet.take()?;
-        slot.uses = slot.uses.wrapping_add(1);
-        self.free.push(index);
-        Some(packet)
-    }
-
-    fn abandon(&mut self, tag: u64) -> Option<Box<PacketBody>> {
-        let slot = self
-            .slots
-            .iter()
-            .position(|slot| slot.packet.as_ref().is_some_and(|packet| packet.tag == tag))?;
-        let id = self.id(u32::try_from(slot).ok()?);
-        self.end(id)
-    }
-
-    fn take_all(&mut self) -> Vec<Box<PacketBody>> {
-        let mut packets = Vec::new();
-        self.free.clear();
-        self.reserved = 0;
-        for (slot, index) in self.slots.iter_mut().zip(0..) {
-            self.free.push(index);
-            if let Some(packet) = slot.packet.take() {
-                slot.uses = slot.uses.wrapping_add(1);
-                packets.push(packet);
-            }
-        }
-        packets
-    }
-
-    fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
-    }
 }

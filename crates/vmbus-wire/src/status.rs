@@ -59,6 +59,8 @@ statuses! {
     PENDING = 0x0000_0103, "STATUS_PENDING";
     /// A warning: data was produced, and there is more than fitted.
     BUFFER_OVERFLOW = 0x8000_0005, "STATUS_BUFFER_OVERFLOW";
+    /// A warning: the device is at work on something that has to end first.
+    DEVICE_BUSY = 0x8000_0011, "STATUS_DEVICE_BUSY";
     /// The operation failed, no reason given.
     UNSUCCESSFUL = 0xc000_0001, "STATUS_UNSUCCESSFUL";
     /// The call does not exist here.

@@ -21,7 +21,7 @@ const SERVER: &str = "
     Disabled: Pause -> Disabled armed |
     Disabled: Disable -> Disabled |
     Disabled: PeerClosed -> Disabled |
-    Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
+    Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
     Enabled: ConnectRefused -> Disabled !started | Cancel(CANCELLED)
     Enabled: PeerOpened -> Opening !reopening | Attach CallOpened
@@ -29,24 +29,27 @@ const SERVER: &str = "
     Enabled: Pause -> Enabled !started |
     Enabled: Disable -> Disabled !started | Cancel(CANCELLED) Disconnect
     Enabled: PeerClosed -> Enabled |
+    Enabled: MovedAway -> Disabled !started !disabling | LetGo
     Enabled: refuses Enable Offered OpenFailed OpenAccepted OpenRefused Drained
 
     Opening started: OpenAccepted -> Active started | AcceptOpen TransmitOn CallStarted QueueOn CallPostStarted
     Opening !started: OpenAccepted -> Paused !started | AcceptOpen TransmitOn
     Opening !reopening: OpenRefused -> Enabled | Cancel(CANCELLED) ReleaseGpadls Detach RefuseOpen
     Opening reopening: OpenRefused -> Closed | Cancel(CANCELLED) ReleaseGpadls Detach RefuseOpen
-    Opening: refuses Enable ConnectRefused Offered PeerOpened OpenFailed Start Pause Drained Disable PeerClosed
+    Opening: refuses Enable ConnectRefused Offered PeerOpened OpenFailed Start Pause Drained Disable PeerClosed MovedAway
 
     Paused: Start -> Active started | CallStarted QueueOn CallPostStarted
     Paused: Pause -> Paused !started |
     Paused: Disable -> Closing disabling | Cancel(CANCELLED) AwaitDrain
     Paused: PeerClosed -> Closing !disabling | Cancel(DEVICE_REMOVED) AwaitDrain
+    Paused: MovedAway -> Disabled !started !disabling | LetGo
     Paused: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
 
     Active: Start -> Active started |
     Active: Pause -> Pausing !started | QueueOff CallSuspend AwaitDrain
     Active: Disable -> Closing disabling | QueueOff CallSuspend Cancel(CANCELLED) AwaitDrain
     Active: PeerClosed -> Closing !disabling | QueueOff CallSuspend Cancel(DEVICE_REMOVED) AwaitDrain
+    Active: MovedAway -> Disabled !started !disabling | LetGo
     Active: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
 
     Pausing: Start -> Pausing started |
@@ -55,6 +58,7 @@ const SERVER: &str = "
     Pausing !started: Drained -> Paused !started |
     Pausing: Disable -> Closing disabling | Cancel(CANCELLED) AwaitDrain
     Pausing: PeerClosed -> Closing !disabling | Cancel(DEVICE_REMOVED) AwaitDrain
+    Pausing: MovedAway -> Disabled !started !disabling | LetGo
     Pausing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused
 
     Closing: Start -> Closing started |
@@ -63,6 +67,7 @@ const SERVER: &str = "
     Closing disabling: Drained -> Disabled !started !disabling | CallClosed ReleaseGpadls Detach ReportClosed Disconnect
     Closing: Disable -> Closing disabling |
     Closing: PeerClosed -> Closing |
+    Closing: MovedAway -> Disabled !started !disabling | LetGo
     Closing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused
 
     Closed: PeerOpened -> Opening reopening | Attach CallOpened
@@ -70,6 +75,7 @@ const SERVER: &str = "
     Closed: Pause -> Closed !started |
     Closed: Disable -> Disabled !started | Cancel(CANCELLED) Disconnect
     Closed: PeerClosed -> Closed |
+    Closed: MovedAway -> Disabled !started !disabling | LetGo
     Closed: refuses Enable ConnectRefused Offered OpenFailed OpenAccepted OpenRefused Drained
 ";
 
@@ -81,7 +87,7 @@ const CLIENT: &str = "
     Disabled: Pause -> Disabled armed |
     Disabled: Disable -> Disabled |
     Disabled: PeerClosed -> Disabled |
-    Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
+    Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
     Enabled started: ConnectRefused -> Disabled !started !armed | Cancel(CANCELLED)
     Enabled !started: ConnectRefused -> Disabled !started armed | Cancel(CANCELLED)
@@ -91,7 +97,7 @@ const CLIENT: &str = "
     Enabled: Pause -> Enabled !started |
     Enabled: Disable -> Disabled !started | Cancel(CANCELLED) Disconnect
     Enabled: PeerClosed -> Disabled !started | Cancel(DEVICE_REMOVED) Disconnect CallPnpFailure
-    Enabled: refuses Enable PeerOpened OpenAccepted OpenRefused Drained
+    Enabled: refuses Enable PeerOpened OpenAccepted OpenRefused Drained MovedAway
 
     Connecting: PeerOpened -> Opening | Attach CallOpened
     Connecting: OpenFailed -> Disabled !started | Cancel(DEVICE_REMOVED) Disconnect CallPnpFailure
@@ -99,24 +105,24 @@ const CLIENT: &str = "
     Connecting: Pause -> Connecting !started |
     Connecting: Disable -> Disabled !started | Cancel(CANCELLED) Disconnect
     Connecting: PeerClosed -> Disabled !started | Cancel(DEVICE_REMOVED) Disconnect CallPnpFailure
-    Connecting: refuses Enable ConnectRefused Offered OpenAccepted OpenRefused Drained
+    Connecting: refuses Enable ConnectRefused Offered OpenAccepted OpenRefused Drained MovedAway
 
     Opening started: OpenAccepted -> Active started | TransmitOn CallStarted QueueOn CallPostStarted
     Opening !started: OpenAccepted -> Paused !started | TransmitOn
     Opening: OpenRefused -> Disabled !started | Cancel(CANCELLED) ReleaseGpadls Detach Disconnect
-    Opening: refuses Enable ConnectRefused Offered PeerOpened OpenFailed Start Pause Drained Disable PeerClosed
+    Opening: refuses Enable ConnectRefused Offered PeerOpened OpenFailed Start Pause Drained Disable PeerClosed MovedAway
 
     Paused: Start -> Active started | CallStarted QueueOn CallPostStarted
     Paused: Pause -> Paused !started |
     Paused: Disable -> Closing disabling | Cancel(CANCELLED) AwaitDrain
     Paused: PeerClosed -> Closing !disabling | Cancel(DEVICE_REMOVED) AwaitDrain
-    Paused: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
+    Paused: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
     Active: Start -> Active started |
     Active: Pause -> Pausing !started | QueueOff CallSuspend AwaitDrain
     Active: Disable -> Closing disabling | QueueOff CallSuspend Cancel(CANCELLED) AwaitDrain
     Active: PeerClosed -> Closing !disabling | QueueOff CallSuspend Cancel(DEVICE_REMOVED) AwaitDrain
-    Active: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained
+    Active: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
     Pausing: Start -> Pausing started |
     Pausing: Pause -> Pausing !started |
@@ -124,14 +130,14 @@ const CLIENT: &str = "
     Pausing !started: Drained -> Paused !started |
     Pausing: Disable -> Closing disabling | Cancel(CANCELLED) AwaitDrain
     Pausing: PeerClosed -> Closing !disabling | Cancel(DEVICE_REMOVED) AwaitDrain
-    Pausing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused
+    Pausing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused MovedAway
 
     Closing: Start -> Closing started |
     Closing: Pause -> Closing !started |
     Closing: Drained -> Disabled !started !disabling | CallClosed ReleaseGpadls Detach Disconnect
     Closing: Disable -> Closing disabling |
     Closing: PeerClosed -> Closing |
-    Closing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused
+    Closing: refuses Enable ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused MovedAway
 ";
 
 /// One line of a table, taken apart: a condition, an event, and a result unless it is refused.
@@ -348,6 +354,10 @@ impl Performed {
                 self.opened = false;
             }
             Effect::CallPnpFailure => held(!self.connected),
+            Effect::LetGo => {
+                held(self.connected);
+                *self = Self::default();
+            }
         }
     }
 }

@@ -1,0 +1,287 @@
+//! Traffic that stands still: while its channel is frozen, saved or restored.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use vmbus_ring::RingError;
+
+use super::{Consequences, Ring, Traffic};
+use crate::packet::PacketBody;
+use crate::pool::Body;
+use crate::transactions::{Place, is_saved};
+use crate::waiting::Waiting;
+
+/// A packet that is being looked at by its driver, and where it belongs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum SavedPlace {
+    /// In flight.
+    InFlight(Place),
+    /// Queued, with this number.
+    Queued(u64),
+}
+
+/// What a channel's outgoing ring is like, for a saved state.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct RingState {
+    pub(crate) data_len: u32,
+    pub(crate) index: u32,
+}
+
+impl Traffic {
+    // ---- Freezing ---------------------------------------------------------------------------------
+
+    /// From here on no completion leaves and nothing is sent. `line` is what waits in the receiver.
+    pub(crate) fn freeze(&mut self, line: &mut VecDeque<Waiting>) {
+        self.frozen = true;
+        self.stand_still(line);
+    }
+
+    /// From here on nothing is sent, and what waits can be saved.
+    pub(crate) fn stand_still(&mut self, line: &mut VecDeque<Waiting>) {
+        self.still = true;
+        self.waiting.extend(line.drain(..));
+    }
+
+    /// Nothing is sent while a restore is under way.
+    pub(crate) fn set_still(&mut self, still: bool) {
+        self.still = still || self.frozen;
+    }
+
+    /// Goes on where [`Self::freeze`] or [`Self::stand_still`] has stopped: what waits goes back to
+    /// `line`, in the order of delivery, and completions that were held leave.
+    pub(crate) fn go_on(
+        &mut self,
+        line: &mut VecDeque<Waiting>,
+    ) -> (Consequences, Ring, Result<(), RingError>) {
+        (self.frozen, self.still) = (false, false);
+        self.sort_waiting();
+        line.extend(self.waiting.drain(..));
+        let mut held = std::mem::take(&mut self.held);
+        let (consequences, written) = self.complete_all(&mut held);
+        self.held = held; // for its memory
+        (consequences, self.publish_now(false), written)
+    }
+
+    /// Keeps a completion until the channel thaws.
+    pub(super) fn hold(&mut self, mut body: Box<Body>, payload: &[u8]) -> Consequences {
+        body.hold_completion(payload);
+        self.held.push(body);
+        Consequences { settled: self.is_settled(), ..Consequences::default() }
+    }
+
+    /// Takes a packet that its device hands over, or gives it back: the channel is not frozen.
+    pub(crate) fn hand_over(&mut self, waiting: Waiting) -> Result<Consequences, Waiting> {
+        if !self.frozen {
+            return Err(waiting);
+        }
+        self.waiting.push(waiting);
+        self.outstanding = self.outstanding.saturating_sub(1);
+        let drained = self.takes_part_in_drain();
+        Ok(Consequences { drained, settled: self.is_settled(), restart: false })
+    }
+
+    /// Packets of a frozen channel that are still with the device.
+    pub(crate) fn running(&self) -> u32 {
+        let held = u32::try_from(self.held.len()).unwrap_or(u32::MAX);
+        self.outstanding.saturating_sub(held)
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.frozen && self.running() == 0
+    }
+
+    // ---- Looking at it ----------------------------------------------------------------------------
+
+    pub(crate) fn ring_state(&self) -> Option<RingState> {
+        let writer = &self.ring.as_ref()?.writer;
+        Some(RingState { data_len: writer.data_len(), index: writer.write_index() })
+    }
+
+    pub(crate) fn most_uses(&self) -> u32 {
+        self.transactions.most_uses()
+    }
+
+    /// Outgoing packets that a save will come by.
+    pub(crate) fn saved_outgoing(&self) -> usize {
+        self.transactions.saved() + self.queue.iter().filter(|packet| is_saved(packet)).count()
+    }
+
+    /// Incoming packets that a save will come by.
+    pub(crate) fn saved_incoming(&self) -> usize {
+        self.held.len() + self.waiting.len()
+    }
+
+    /// The number of the last packet that was queued.
+    pub(crate) fn last_queued(&self) -> u64 {
+        self.queued
+    }
+
+    /// The next packet to save: those in flight, then those that are queued, up to number `last`.
+    pub(crate) fn next_saved(&self, after: Option<SavedPlace>, last: u64) -> Option<SavedPlace> {
+        let in_flight = match after {
+            None => self.transactions.next_saved(None),
+            Some(SavedPlace::InFlight(place)) => self.transactions.next_saved(Some(place)),
+            Some(SavedPlace::Queued(_)) => None,
+        };
+        in_flight.map(SavedPlace::InFlight).or_else(|| {
+            let after = match after {
+                Some(SavedPlace::Queued(number)) => number,
+                _ => 0,
+            };
+            let from = self.queue.partition_point(|packet| packet.queued <= after);
+            let mut rest = self.queue.range(from..).filter(|packet| is_saved(packet));
+            let number = rest.next()?.queued;
+            (number <= last).then_some(SavedPlace::Queued(number))
+        })
+    }
+
+    /// The packet at a place, with the id of its transaction if it is in flight.
+    pub(crate) fn saved_packet(&self, place: SavedPlace) -> Option<(Option<u64>, &PacketBody)> {
+        match place {
+            SavedPlace::InFlight(place) => {
+                self.transactions.packet(place).map(|(id, packet)| (Some(id), packet))
+            }
+            SavedPlace::Queued(number) => {
+                self.queue.get(self.queued_at(number)?).map(|packet| (None, &**packet))
+            }
+        }
+    }
+
+    /// Lends a packet to its driver, until [`Self::put_back`].
+    pub(crate) fn lend(&mut self, place: SavedPlace) -> Option<Box<PacketBody>> {
+        match place {
+            SavedPlace::InFlight(place) => self.transactions.lend(place),
+            SavedPlace::Queued(number) => {
+                let at = self.queued_at(number)?;
+                let slot = self.queue.get_mut(at)?;
+                let mut stand_in = Box::new(PacketBody::new(0));
+                stand_in.queued = number;
+                Some(std::mem::replace(slot, stand_in))
+            }
+        }
+    }
+
+    pub(crate) fn put_back(&mut self, place: SavedPlace, packet: Box<PacketBody>) {
+        match place {
+            SavedPlace::InFlight(place) => self.transactions.put_back(place, packet),
+            SavedPlace::Queued(number) => {
+                let at = self.queued_at(number);
+                if let Some(slot) = at.and_then(|at| self.queue.get_mut(at)) {
+                    *slot = packet;
+                }
+            }
+        }
+    }
+
+    fn queued_at(&self, number: u64) -> Option<usize> {
+        self.queue.binary_search_by_key(&number, |packet| packet.queued).ok()
+    }
+
+    /// Puts what waits into the order of delivery.
+    pub(crate) fn sort_waiting(&mut self) {
+        self.waiting.sort_unstable_by_key(|waiting| waiting.body.order);
+    }
+
+    /// A completion that is held.
+    pub(crate) fn held_at(&self, at: usize) -> Option<&Body> {
+        self.held.get(at).map(|body| &**body)
+    }
+
+    /// A packet that waits.
+    pub(crate) fn waiting_at(&self, at: usize) -> Option<&Waiting> {
+        self.waiting.get(at)
+    }
+
+    pub(crate) fn has_ring(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    // ---- Restoring --------------------------------------------------------------------------------
+
+    /// Whether no transaction is in flight, and no packet with the device or on its way back to it.
+    pub(crate) fn is_idle(&self) -> bool {
+        let promised = self.ring.as_ref().map_or(0, |ring| ring.promised);
+        self.transactions.in_flight() == 0 && self.outstanding == 0 && promised == 0
+    }
+
+    /// Takes over packets that were in flight elsewhere, and those that were queued: they are sent
+    /// before any other.
+    pub(crate) fn restore_outgoing(
+        &mut self,
+        in_flight: BTreeMap<u64, Box<PacketBody>>,
+        queued: Vec<Box<PacketBody>>,
+        most_uses: u32,
+    ) {
+        self.transactions.restore(in_flight, most_uses);
+        let later = std::mem::take(&mut self.queue);
+        for packet in queued.into_iter().chain(later) {
+            self.enqueue(packet);
+        }
+    }
+
+    /// Promises room to transactions that are queued; `None` at the bound.
+    pub(crate) fn reserve_transactions(&mut self, packets: usize) -> Option<()> {
+        for reserved in 0..packets {
+            if self.transactions.reserve().is_none() {
+                (0..reserved).for_each(|_| self.transactions.unreserve(true));
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    pub(crate) fn unreserve_transactions(&mut self, packets: usize) {
+        (0..packets).for_each(|_| self.transactions.unreserve(true));
+    }
+
+    /// Packets in flight whose transactions belong to rings that are gone.
+    pub(crate) fn take_in_flight(&mut self) -> Vec<Box<PacketBody>> {
+        self.transactions.take_in_flight()
+    }
+
+    /// The ring's writer goes on at `index`, with room promised to `packets` that come back. Nothing
+    /// has changed where it fails.
+    pub(crate) fn resume_ring(&mut self, index: u32, packets: usize) -> Result<(), ResumeError> {
+        let available = self.pool.len();
+        if packets > available {
+            return Err(ResumeError::Pool { packets, available });
+        }
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let before = ring.writer.write_index();
+        ring.writer.resume_at(index).map_err(ResumeError::Ring)?;
+        // At most `Limits::PACKETS` of at most 512 KiB.
+        let promised = packets as u64 * u64::from(ring.completion_room);
+        let free = ring.writer.free_cached();
+        if promised > u64::from(free) {
+            let _as_before = ring.writer.resume_at(before);
+            return Err(ResumeError::Room { promised, free });
+        }
+        ring.promised = u32::try_from(promised).unwrap_or(u32::MAX);
+        Ok(())
+    }
+
+    /// A body for a packet that comes back.
+    pub(crate) fn body_for_restored(&mut self) -> Option<Box<Body>> {
+        self.pool.pop()
+    }
+
+    /// Takes back the bodies, and the room, of packets that do not come back after all.
+    pub(crate) fn forget_restored(&mut self, bodies: impl IntoIterator<Item = Box<Body>>) {
+        self.pool.extend(bodies);
+        if let Some(ring) = &mut self.ring {
+            ring.promised = 0;
+        }
+    }
+
+    /// The signal to the peer, whatever it waits for.
+    pub(crate) fn signal_anyway(&self) -> Ring {
+        Ring(self.ring.as_ref().map(|ring| std::sync::Arc::clone(&ring.signal)))
+    }
+}
+
+/// Why the rings of a saved state do not fit these.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum ResumeError {
+    Ring(RingError),
+    Room { promised: u64, free: u32 },
+    Pool { packets: usize, available: usize },
+}
