@@ -17,6 +17,7 @@ use crate::channel::Channel;
 use crate::control::Stepping;
 use crate::error::{ChannelError, Error};
 use crate::lifecycle::{ChannelState, Event, Side};
+use crate::save::{ChannelSave, SaveOptions};
 
 /// A frozen channel. Thaws when dropped.
 ///
@@ -144,6 +145,23 @@ impl Frozen {
         if self.running() == 0 {
             self.channel.shared.hold.wake();
         }
+    }
+
+    /// Begins a save: [`Channel::save`].
+    ///
+    /// # Errors
+    /// [`Error::Running`] while the device has packets that it has neither completed nor handed over;
+    /// [`Error::State`] while another save is under way.
+    pub fn save(&self) -> Result<ChannelSave, Error> {
+        self.channel.save()
+    }
+
+    /// As [`Self::save`], in another version of the format or another program's name.
+    ///
+    /// # Errors
+    /// As for [`Channel::save_with`].
+    pub fn save_with(&self, options: &SaveOptions) -> Result<ChannelSave, Error> {
+        self.channel.save_with(options)
     }
 
     /// Lets the channel go on as if nothing had happened: completions that were held leave, and packets
