@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vmbus_guest::{GuestBusError, LossReason, RequestError};
 use vmbus_memory::MemoryError;
+use vmbus_wire::guid::Guid;
 
 use crate::frame::{Kind, MAX_FRAME_SIZE, MAX_HELLO_REGIONS, MAX_REASON_TEXT, TRANSPORT_VERSION};
 
@@ -99,6 +100,114 @@ pub enum FrameError {
     /// An answer that nobody waits for.
     #[error("a post is answered, and none was made")]
     NothingPosted,
+    /// A host that goes on with another connection than ours.
+    #[error("the host has taken {taken} posts, {made} were made")]
+    PostsTaken {
+        /// How many it says.
+        taken: u64,
+        /// How many there are.
+        made: u64,
+    },
+}
+
+/// Why a host does not go on with a guest's connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResumeError {
+    /// It has no saved state of any connection.
+    #[error("this host waits for no guest to come back")]
+    NotRestoring,
+    /// Its saved state is of another connection.
+    #[error("the saved state is not of connection {claimed}")]
+    OtherConnection {
+        /// The guest's.
+        claimed: Guid,
+    },
+    /// The guest comes with memory that has another shape.
+    #[error("memory in {claimed} regions, it was saved with {saved}")]
+    Regions {
+        /// Regions in the state.
+        saved: usize,
+        /// Regions that it has now.
+        claimed: usize,
+    },
+    /// The guest comes with other memory.
+    #[error("region {region} of the memory is another one than was saved")]
+    OtherMemory {
+        /// Which, counted from 0.
+        region: usize,
+    },
+    /// The connection has gone on since the state was saved.
+    #[error("the saved state is of epoch {saved}, the connection is in epoch {claimed}")]
+    Epoch {
+        /// The state's.
+        saved: u64,
+        /// The connection's.
+        claimed: u64,
+    },
+    /// The guest has other messages than the state says.
+    #[error("{given} messages were given before the state was saved, the guest has {taken}")]
+    Messages {
+        /// In the state.
+        given: u64,
+        /// In the guest.
+        taken: u64,
+    },
+    /// The guest has made other posts than the state says.
+    #[error(
+        "{taken} posts were taken before the state was saved, the guest has made {made} and got {answered} answers"
+    )]
+    Posts {
+        /// In the state.
+        taken: u64,
+        /// In the guest.
+        made: u64,
+        /// Answers that the guest has.
+        answered: u64,
+    },
+    /// More doorbells than there can be channels.
+    #[error("{announced} doorbells, at most 2047 can be")]
+    TooManyDoorbells {
+        /// How many are to come.
+        announced: u32,
+    },
+    /// Doorbells that were not spoken of.
+    #[error("{came} doorbells, {announced} were to come")]
+    DoorbellCount {
+        /// How many were to come.
+        announced: u32,
+        /// How many there would be now.
+        came: usize,
+    },
+    /// A channel cannot have two.
+    #[error("two doorbells for event flag {flag}")]
+    DoorbellTwice {
+        /// The channel's flag.
+        flag: u16,
+    },
+    /// A channel is open, and there is no way to signal it.
+    #[error("no doorbell for event flag {flag}, whose channel is open")]
+    DoorbellMissing {
+        /// The channel's flag.
+        flag: u16,
+    },
+}
+
+impl ResumeError {
+    /// What the guest is told, beside the words.
+    fn reason(&self) -> Reason {
+        match self {
+            Self::NotRestoring => Reason::CannotResume,
+            Self::OtherConnection { .. } | Self::Regions { .. } | Self::OtherMemory { .. } => {
+                Reason::OtherGuest
+            }
+            Self::Epoch { .. } | Self::Messages { .. } | Self::Posts { .. } => Reason::Stale,
+            Self::TooManyDoorbells { .. }
+            | Self::DoorbellCount { .. }
+            | Self::DoorbellTwice { .. }
+            | Self::DoorbellMissing { .. } => Reason::Protocol,
+        }
+    }
 }
 
 /// Why a host will not have a guest, as it says in its refusal.
@@ -113,6 +222,14 @@ pub enum Reason {
     Memory,
     /// The guest has broken the rules of the transport.
     Protocol,
+    /// The host ends. No other one will go on with the connection.
+    Ended,
+    /// The guest wants to go on with a connection, and the host has no state of any.
+    CannotResume,
+    /// The guest wants to go on with a connection, and the host has the state of another one.
+    OtherGuest,
+    /// The guest wants to go on with a connection, and the host has a state of another moment.
+    Stale,
     /// A number that this end does not know.
     Unknown(u32),
 }
@@ -126,6 +243,10 @@ impl Reason {
             Self::Version => 2,
             Self::Memory => 3,
             Self::Protocol => 4,
+            Self::Ended => 5,
+            Self::CannotResume => 6,
+            Self::OtherGuest => 7,
+            Self::Stale => 8,
             Self::Unknown(number) => number,
         }
     }
@@ -138,6 +259,10 @@ impl Reason {
             2 => Self::Version,
             3 => Self::Memory,
             4 => Self::Protocol,
+            5 => Self::Ended,
+            6 => Self::CannotResume,
+            7 => Self::OtherGuest,
+            8 => Self::Stale,
             number => Self::Unknown(number),
         }
     }
@@ -184,6 +309,18 @@ pub enum ConnectionError {
     NotAnEvent {
         /// What it was to be.
         what: &'static str,
+    },
+    /// What is to hold the epoch of the connection is no file in memory.
+    #[error("the epoch is not in a file in memory")]
+    NotAnEpoch,
+    /// The host does not go on with the guest's connection.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+    /// The host went away, and no other one has gone on with the connection.
+    #[error("no host has gone on with the connection within {milliseconds} ms")]
+    NobodyResumes {
+        /// How long was waited.
+        milliseconds: u128,
     },
     /// The host will not have this guest.
     #[error("the host refuses: {text}")]
@@ -232,7 +369,13 @@ impl ConnectionError {
             | Self::NotAnEvent { .. }
             | Self::HandshakeTimeout { .. }
             | Self::NotReading { .. } => Some(Reason::Protocol),
-            Self::Closed | Self::Refused { .. } | Self::Bus(_) | Self::System { .. } => None,
+            Self::Resume(error) => Some(error.reason()),
+            Self::NotAnEpoch
+            | Self::NobodyResumes { .. }
+            | Self::Closed
+            | Self::Refused { .. }
+            | Self::Bus(_)
+            | Self::System { .. } => None,
         }
     }
 }

@@ -2,19 +2,24 @@
 //!
 //! | kind | from | `a` | `b` | payload | descriptors |
 //! |---|---|---|---|---|---|
-//! | [`Kind::Hello`] | guest | 0 | 0 | [`Greeting`], then a [`HelloRegion`] per region | attention event, then one per region |
+//! | [`Kind::Hello`] | guest | [`RESUMABLE`], or 0 | 0 | [`Greeting`], then a [`HelloRegion`] per region | attention event, then one per region |
 //! | [`Kind::Welcome`] | host | 0 | 0 | [`Greeting`] | event port |
+//! | [`Kind::Welcome`] | host | [`RESUMABLE`] | 0 | [`Greeting`], then the [name](ResumeClaim::connection_id) of the connection | event port, epoch |
 //! | [`Kind::Refused`] | host | [`Reason`](crate::Reason) | 0 | [`Greeting`], then text | none |
 //! | [`Kind::Post`] | guest | connection id | event flag | a VMBus message | the channel's doorbell, with OPEN_CHANNEL |
 //! | [`Kind::Posted`] | host | status | 0 | none | none |
 //! | [`Kind::Message`] | host | VP | SINT | a VMBus message | none |
 //! | [`Kind::Listening`] | host | connection id | 0 | none | what signals it |
+//! | [`Kind::Resume`] | guest | 0 | doorbells that follow | [`Greeting`], [`ResumeClaim`], then a [`HelloRegion`] per region | attention event, then one per region |
+//! | [`Kind::Doorbells`] | guest | 0 | 0 | an event flag (4 bytes) for each | as many as there are flags |
+//! | [`Kind::Resumed`] | host | 0 | 0 | [`Greeting`], then the [posts](ResumeClaim::posts) taken (8 bytes) | event port, epoch |
 //!
-//! `Hello` and its two answers keep the form given here in every version of the transport, as far
+//! `Hello`, `Resume` and their answers keep the form given here in every version of the transport, as far
 //! as the [`Greeting`]: so two ends of different versions can say so.
 //!
 //! All numbers are little-endian. Source: this crate.
 
+use vmbus_wire::guid::Guid;
 use vmbus_wire::message::MAX_MESSAGE_SIZE;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -33,6 +38,13 @@ pub const MAX_HELLO_REGIONS: usize = 64;
 
 /// Most bytes of text in a refusal.
 pub const MAX_REASON_TEXT: usize = 200;
+
+/// In `Hello`: the guest would go on with another process that serves, see [`crate::resume`]. In
+/// `Welcome`: the host can be saved, and lets it.
+pub const RESUMABLE: u32 = 1;
+
+/// Most doorbells in one frame.
+pub const MAX_DOORBELLS_PER_FRAME: usize = MAX_HELLO_REGIONS;
 
 /// Most descriptors in one frame.
 pub(crate) const MAX_DESCRIPTORS: usize = 1 + MAX_HELLO_REGIONS;
@@ -75,18 +87,41 @@ pub struct HelloRegion {
     pub fd_offset: U64,
 }
 
+/// What a guest says of the connection that it wants to go on with: which one it is, and how far it
+/// has come. Any numbers may come; the host holds them against its saved state.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, Immutable, IntoBytes, KnownLayout)]
+pub struct ResumeClaim {
+    /// What the host has named the connection when it began. Chosen at random: nothing else has that
+    /// name.
+    pub connection_id: Guid,
+    /// What stands in the file that the host has given along with the name.
+    pub epoch: U64,
+    /// Messages that the guest has posted, the last one perhaps not yet answered.
+    pub posts: U64,
+    /// Answers that it has got: as many, or one less.
+    pub answers: U64,
+    /// Messages of the host that it has taken.
+    pub messages: U64,
+}
+
 /// Bytes of the header.
 pub(crate) const HEADER_SIZE: usize = size_of::<FrameHeader>();
 
 const HELLO_SIZE: usize = size_of::<Greeting>() + MAX_HELLO_REGIONS * size_of::<HelloRegion>();
 
+const RESUME_SIZE: usize = HELLO_SIZE + size_of::<ResumeClaim>();
+
 /// Bytes of the longest frame.
-pub(crate) const MAX_FRAME_SIZE: usize = HEADER_SIZE + HELLO_SIZE;
+pub(crate) const MAX_FRAME_SIZE: usize = HEADER_SIZE + RESUME_SIZE;
 
 const _: () = {
     assert!(size_of::<FrameHeader>() == 16);
     assert!(size_of::<Greeting>() == 16);
     assert!(size_of::<HelloRegion>() == 24);
+    assert!(size_of::<ResumeClaim>() == 48);
+    assert!(4 * MAX_DOORBELLS_PER_FRAME <= HELLO_SIZE);
+    assert!(MAX_DOORBELLS_PER_FRAME <= MAX_DESCRIPTORS);
     assert!(MAX_MESSAGE_SIZE <= HELLO_SIZE);
     assert!(size_of::<Greeting>() + MAX_REASON_TEXT <= HELLO_SIZE);
 };
@@ -120,6 +155,12 @@ pub enum Kind {
     Message = 6,
     /// The host listens for signals to a connection.
     Listening = 7,
+    /// The guest wants to go on with a connection whose host is gone.
+    Resume = 8,
+    /// What the host rings for the guest's channels; after [`Kind::Resume`].
+    Doorbells = 9,
+    /// The host goes on with the connection.
+    Resumed = 10,
 }
 
 impl Kind {
@@ -134,6 +175,9 @@ impl Kind {
             5 => Self::Posted,
             6 => Self::Message,
             7 => Self::Listening,
+            8 => Self::Resume,
+            9 => Self::Doorbells,
+            10 => Self::Resumed,
             _ => return None,
         })
     }
@@ -233,7 +277,7 @@ mod tests {
                 assert_eq!(kind as u32, number);
             }
         }
-        assert_eq!((1..=7).filter_map(Kind::from_wire).count(), 7);
+        assert_eq!((1..=10).filter_map(Kind::from_wire).count(), 10);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod connect;
 mod port;
+mod resume;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,6 +21,7 @@ use crate::handshake;
 use crate::link::Received;
 
 use port::Port;
+use resume::Back;
 
 /// Frames of the host handled by one [`UnixGuest::drive`].
 const FRAMES_PER_TURN: usize = 64;
@@ -29,6 +31,7 @@ const SOCKET: u64 = 0;
 const TIMER: u64 = 1;
 const WAKE: u64 = 2;
 const ATTENTION: u64 = 3;
+const BACK: u64 = 4;
 
 /// What a guest brings along.
 #[derive(Clone, Debug)]
@@ -40,15 +43,38 @@ pub struct GuestOptions {
     pub config: GuestConfig,
     /// How long the host may take to answer the greeting.
     pub timeout: Duration,
+    /// For how long a guest whose host's process has gone away looks for another one that goes on
+    /// with the connection, at the same path; `None`: not at all. Its channels notice nothing, if one
+    /// does. What such a host was made from is the saved state of the one that is gone
+    /// ([`UnixHost::hold`](crate::UnixHost::hold)).
+    pub reconnect: Option<Duration>,
 }
 
 impl GuestOptions {
-    /// Every version from 6.0 down to 2.4, a random client id, five seconds.
+    /// Every version from 6.0 down to 2.4, a random client id, five seconds; the connection ends with
+    /// the host's process.
     #[must_use]
     pub fn new(memory_bytes: u64) -> Self {
         let config = GuestConfig::new(random_id());
-        Self { memory_bytes, config, timeout: Duration::from_secs(5) }
+        Self { memory_bytes, config, timeout: Duration::from_secs(5), reconnect: None }
     }
+}
+
+/// What has happened to a guest's connection.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum GuestEvent {
+    /// The bus has told of something.
+    Bus(ConnectionEvent),
+    /// The host's process has gone away. Channels stay as they are; the guest looks for another one.
+    LinkLost,
+    /// Another host goes on with the connection.
+    Resumed {
+        /// How long there was none.
+        after: Duration,
+    },
+    /// The connection is over, and every channel rescinded.
+    Over(Arc<ConnectionError>),
 }
 
 /// The guest's end of a transport between processes: donates memory to the host that serves at a
@@ -56,13 +82,15 @@ impl GuestOptions {
 ///
 /// It needs a loop, and not on a thread that waits for the bus (as `kmcl` does for GPADLs): wait
 /// until its descriptor ([`AsFd`]) is readable, then call [`UnixGuest::drive`]. Dropping it ends
-/// the connection, and every channel is rescinded; so it does when the host goes.
+/// the connection, and every channel is rescinded; so it does when the host goes, unless another
+/// process takes its place ([`GuestOptions::reconnect`]).
 #[derive(Debug)]
 pub struct UnixGuest {
     bus: GuestBus,
     port: Arc<Port>,
     /// Rung by the host for the shared interrupt page of old versions.
     attention: OwnEvent,
+    back: Back,
     driving: Mutex<()>,
 }
 
@@ -85,7 +113,7 @@ impl UnixGuest {
     /// What has happened to the connection since the last call, oldest first;
     /// [`MAX_EVENTS`](crate::MAX_EVENTS) at most.
     #[must_use]
-    pub fn take_events(&self) -> Vec<ConnectionEvent> {
+    pub fn take_events(&self) -> Vec<GuestEvent> {
         self.port.state().events.drain(..).collect()
     }
 
@@ -93,6 +121,20 @@ impl UnixGuest {
     #[must_use]
     pub fn lost(&self) -> Option<Arc<ConnectionError>> {
         self.port.state().lost.clone()
+    }
+
+    /// Whether there is a host, as far as is known. While there is none, and
+    /// [`UnixGuest::lost`] is `None`, the guest looks for one.
+    #[must_use]
+    pub fn is_linked(&self) -> bool {
+        self.port.is_linked()
+    }
+
+    /// Whether the connection can go on with another process of the host: it was asked for
+    /// ([`GuestOptions::reconnect`]), and the host lets it.
+    #[must_use]
+    pub fn is_resumable(&self) -> bool {
+        !self.port.state().ends_with_link()
     }
 
     /// Waits until there is something to do, or `limit` is over; returns whether there is.
@@ -123,6 +165,10 @@ impl UnixGuest {
                         self.port.flush();
                     }
                     more |= ready.readable && self.read();
+                }
+                BACK => {
+                    self.back.timer.acknowledge();
+                    self.look_for_host();
                 }
                 TIMER => {
                     self.port.timer.acknowledge();
@@ -194,7 +240,7 @@ impl UnixGuest {
                 Err(error) => Err(error),
             };
             if let Err(reason) = handled {
-                self.port.state().fail(reason);
+                self.link_ended(reason);
                 return false;
             }
         }
@@ -202,19 +248,25 @@ impl UnixGuest {
     }
 
     fn handle(&self, received: Received) -> Result<(), ConnectionError> {
+        if self.port.is_asking() {
+            return self.resume(received);
+        }
         let Received { bytes, descriptors } = received;
         let frame = FrameRef::parse(&bytes)?;
         match frame.kind {
             Kind::Message => {
                 handshake::no_descriptor(frame.kind, &descriptors)?;
+                let message = frame.message()?;
+                self.port.count_message();
                 // A message that makes no sense is the bus's to refuse, and to log.
-                let _refused = self.bus.host_message(frame.message()?);
+                let _refused = self.bus.host_message(message);
                 Ok(())
             }
             Kind::Posted => {
                 handshake::no_descriptor(frame.kind, &descriptors)?;
                 let status = frame.a;
                 let status = u16::try_from(status).map_err(|_| FrameError::Status { status })?;
+                self.port.count_answer()?;
                 let answered = self.bus.message_posted(PostStatus(status));
                 Ok(answered.map_err(|_| FrameError::NothingPosted)?)
             }
@@ -225,9 +277,12 @@ impl UnixGuest {
                 Ok(())
             }
             Kind::Refused => Err(handshake::refused(&frame)?),
-            kind @ (Kind::Hello | Kind::Welcome | Kind::Post) => {
-                Err(FrameError::Unexpected { kind, state: "connected" }.into())
-            }
+            kind @ (Kind::Hello
+            | Kind::Welcome
+            | Kind::Post
+            | Kind::Resume
+            | Kind::Doorbells
+            | Kind::Resumed) => Err(FrameError::Unexpected { kind, state: "connected" }.into()),
         }
     }
 }

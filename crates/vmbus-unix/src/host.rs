@@ -1,31 +1,41 @@
 //! The host's end: a socket at a path, and one guest after another behind it.
 
+mod accept;
+mod hold;
 mod port;
+mod restore;
+mod saved;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
-use vmbus_host::{Config, HostBus};
+use vmbus_host::{Config, GuestPort, HostBus};
 use vmbus_wire::synic::connection;
 
 use crate::error::{BindError, ConnectionError, FrameError, Reason};
 use crate::event::{OwnEvent, PeerEvent};
-use crate::frame::{Frame, FrameRef, Kind};
-use crate::handshake::{self, Hello};
-use crate::link::{Link, Received};
+use crate::frame::{FrameRef, Kind};
+use crate::handshake;
+use crate::link::Received;
 use crate::listener::Listener;
 use crate::poller::{Interest, Poller};
+use crate::resume::SavedGuest;
 use crate::timer::Timer;
 
+use accept::Door;
+pub use hold::{HeldHost, HoldError};
 use port::Port;
-use session::Session;
+pub use restore::{FinishError, RestoreError, RestoringHost};
+pub use saved::{TransportReadError, TransportSave, TransportSaveError};
+use session::Hearing;
 
 /// Processes that may have connected and not yet introduced themselves.
 pub const MAX_HANDSHAKES: usize = 8;
@@ -36,9 +46,6 @@ pub const MAX_EVENTS: usize = 64;
 
 /// Frames of the guest handled by one [`UnixHost::drive`].
 const FRAMES_PER_TURN: usize = 64;
-
-/// How long nobody is accepted after the system had no descriptor left for it.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the poller's tokens mean. Connections have the numbers from `FIRST_PEER` on, each its own.
 const LISTENER: u64 = 0;
@@ -89,6 +96,13 @@ pub enum HostEvent {
         /// Bytes of memory that it has donated.
         memory_bytes: u64,
     },
+    /// The guest of the saved state is there again.
+    GuestBack {
+        /// Who.
+        peer: Peer,
+        /// Bytes of its memory.
+        memory_bytes: u64,
+    },
     /// The guest is gone, by its own will ([`ConnectionError::Closed`]) or ours. The next may come.
     GuestGone {
         /// Who.
@@ -122,7 +136,7 @@ pub enum HostEvent {
 /// What a guest can do to this process beside using its devices is told in the [crate's
 /// documentation](crate).
 pub struct UnixHost {
-    listener: Listener,
+    path: PathBuf,
     bus: HostBus,
     port: Arc<Port>,
     options: HostOptions,
@@ -131,21 +145,24 @@ pub struct UnixHost {
 }
 
 /// What only the thread that drives needs.
-#[derive(Debug)]
 struct Driver {
-    timer: Timer,
-    handshakes: Vec<Handshake>,
-    next_token: u64,
-    /// Until when nobody is accepted.
-    accept_paused: Option<Instant>,
+    /// `None` once another process may serve.
+    listener: Option<Listener>,
+    door: Door,
+    stage: Stage,
 }
 
-/// A process that has connected and not introduced itself.
-#[derive(Debug)]
-struct Handshake {
-    link: Link,
-    token: u64,
-    deadline: Instant,
+/// What the host is doing, see [`crate::resume`].
+enum Stage {
+    Serving,
+    /// Nothing is taken from the guest, and nothing given to it.
+    Held,
+    /// The bus does not go on before the guest is back; `None` if there was none.
+    Restoring {
+        saved: Option<Box<SavedGuest>>,
+    },
+    /// Another process serves, or will.
+    Gone,
 }
 
 impl UnixHost {
@@ -163,7 +180,17 @@ impl UnixHost {
     /// # Errors
     /// [`BindError`]: a live server, something else than a socket, a path too long, no descriptors.
     pub fn bind_with(path: impl AsRef<Path>, options: HostOptions) -> Result<Self, BindError> {
-        let path = path.as_ref();
+        let config = options.bus.clone();
+        let new_bus = |port| Ok::<_, BindError>(HostBus::new(port, config));
+        Self::start(path.as_ref(), options, Stage::Serving, new_bus)
+    }
+
+    fn start<E: From<BindError>>(
+        path: &Path,
+        options: HostOptions,
+        stage: Stage,
+        new_bus: impl FnOnce(Arc<dyn GuestPort>) -> Result<HostBus, E>,
+    ) -> Result<Self, E> {
         let failed = |call| {
             move |error: Errno| BindError::System {
                 path: path.to_owned(),
@@ -171,22 +198,22 @@ impl UnixHost {
                 source: error.into(),
             }
         };
-        let listener = Listener::bind(path)?;
         let poller = Poller::new().map_err(failed("epoll_create"))?;
         let timer = Timer::new().map_err(failed("timerfd_create"))?;
         let event_port = OwnEvent::new().map_err(failed("eventfd"))?;
+        let port = Arc::new(Port::new(poller, event_port));
+        // Before the socket is there: whoever connects to it is served.
+        let bus = new_bus(Arc::clone(&port) as Arc<_>)?;
+        let listener = Listener::bind(path)?;
         let watch = |fd: BorrowedFd<'_>, token| {
-            poller.add(fd, token, Interest::READ).map_err(failed("epoll_ctl"))
+            port.poller.add(fd, token, Interest::READ).map_err(failed("epoll_ctl"))
         };
         watch(listener.as_fd(), LISTENER)?;
         watch(timer.as_fd(), TIMER)?;
-        watch(event_port.as_fd(), EVENT_PORT)?;
-        let port = Arc::new(Port::new(poller, event_port));
-        let bus = HostBus::new(Arc::clone(&port) as Arc<_>, options.bus.clone());
-        let driver =
-            Driver { timer, handshakes: Vec::new(), next_token: FIRST_PEER, accept_paused: None };
-        let (driver, events) = (Mutex::new(driver), Mutex::default());
-        Ok(Self { listener, bus, port, options, driver, events })
+        watch(port.event_port.as_fd(), EVENT_PORT)?;
+        let driver = Driver { listener: Some(listener), door: Door::new(timer), stage };
+        let (path, driver, events) = (path.to_owned(), Mutex::new(driver), Mutex::default());
+        Ok(Self { path, bus, port, options, driver, events })
     }
 
     /// The bus on which channels are offered to the guests that come. Devices outlive guests: when
@@ -199,7 +226,7 @@ impl UnixHost {
     /// Where it serves.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.listener.path()
+        &self.path
     }
 
     /// The guest that is there.
@@ -234,6 +261,9 @@ impl UnixHost {
             Err(TryLockError::WouldBlock) => return Ok(false),
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         };
+        if matches!(driver.stage, Stage::Held | Stage::Gone) {
+            return Ok(false);
+        }
         let mut more = false;
         for ready in self.port.poller.ready()? {
             match ready.token {
@@ -247,9 +277,9 @@ impl UnixHost {
                 }
                 token if self.port.session().as_ref().is_some_and(|s| s.token == token) => {
                     if ready.writable {
-                        self.flush();
+                        self.flush(&driver);
                     }
-                    more |= ready.readable && self.read();
+                    more |= ready.readable && self.read(&driver);
                 }
                 token => self.introduced(&mut driver, token),
             }
@@ -267,6 +297,9 @@ impl UnixHost {
             match event {
                 HostEvent::GuestConnected { peer, memory_bytes } => {
                     tracing::info!(peer.pid, memory_bytes, "guest connected");
+                }
+                HostEvent::GuestBack { peer, memory_bytes } => {
+                    tracing::info!(peer.pid, memory_bytes, "guest back");
                 }
                 HostEvent::GuestGone { peer, reason } => {
                     tracing::info!(peer.pid, %reason, "guest gone");
@@ -287,127 +320,21 @@ impl UnixHost {
         events.push_back(event);
     }
 
-    /// Takes the processes that have connected.
-    fn accept(&self, driver: &mut Driver) {
-        for _ in 0..MAX_HANDSHAKES {
-            let socket = match self.listener.accept() {
-                Ok(Some(socket)) => socket,
-                Ok(None) => return,
-                Err(error) => {
-                    // It would be reported again at once, for as long as there is no descriptor.
-                    self.watch_listener(false);
-                    driver.accept_paused = Some(Instant::now() + ACCEPT_PAUSE);
-                    driver.set_timer();
-                    return self.report(HostEvent::AcceptFailed { error: error.into() });
-                }
-            };
-            let mut link = Link::new(socket);
-            // Whoever comes after the last guest has ended is not turned away because of it, even
-            // where we have not looked yet.
-            if self.port.session().as_ref().is_some_and(|session| session.link.is_hung_up()) {
-                self.end(ConnectionError::Closed);
-            }
-            if self.guest().is_some() || driver.handshakes.len() >= MAX_HANDSHAKES {
-                self.turn_away(&mut link);
-                continue;
-            }
-            let token = driver.next_token;
-            driver.next_token += 1; // 64 bits: not in a lifetime
-            if let Err(error) = self.port.poller.add(&link, token, Interest::READ) {
-                let reason = ConnectionError::system("epoll_ctl")(error);
-                self.report(HostEvent::Refused { reason });
-                continue;
-            }
-            let deadline = Instant::now() + self.options.handshake_timeout;
-            driver.handshakes.push(Handshake { link, token, deadline });
-            driver.set_timer();
-        }
-    }
-
-    fn watch_listener(&self, read: bool) {
-        let interest = Interest { read, write: false };
-        if let Err(error) = self.port.poller.modify(&self.listener, LISTENER, interest) {
-            tracing::error!(%error, "cannot watch the socket");
-        }
-    }
-
-    /// Tells a process that there is a guest already.
-    fn turn_away(&self, link: &mut Link) {
-        let busy = handshake::refusal(Reason::Busy, "another guest is connected");
-        let _gone = link.try_send(&busy);
-        self.report(HostEvent::Busy);
-    }
-
-    /// Turns away those that have taken too long.
-    fn expire(&self, driver: &mut Driver) {
-        driver.timer.acknowledge();
-        let now = Instant::now();
-        if driver.accept_paused.take_if(|until| *until <= now).is_some() {
-            self.watch_listener(true);
-        }
-        let milliseconds = self.options.handshake_timeout.as_millis();
-        let late = driver.handshakes.extract_if(.., |waiting| waiting.deadline <= now);
-        for handshake in late.collect::<Vec<_>>() {
-            self.refuse(handshake.link, ConnectionError::HandshakeTimeout { milliseconds });
-        }
-        driver.set_timer();
-    }
-
-    /// Turns a process away, and says why.
-    fn refuse(&self, mut link: Link, reason: ConnectionError) {
-        self.port.poller.remove(&link);
-        say_why(&mut link, &reason);
-        self.report(HostEvent::Refused { reason });
-    }
-
-    /// A process that has not introduced itself has something to say.
-    fn introduced(&self, driver: &mut Driver, token: u64) {
-        let Some(index) = driver.handshakes.iter().position(|waiting| waiting.token == token)
-        else {
-            return; // ended by something else that was ready
-        };
-        let hello = match driver.handshakes.get(index).map(|waiting| waiting.link.receive()) {
-            None | Some(Ok(None)) => return,
-            Some(Ok(Some(received))) => Hello::accept(received, self.options.max_memory_bytes),
-            Some(Err(error)) => Err(error),
-        };
-        let Handshake { link, .. } = driver.handshakes.swap_remove(index);
-        match hello {
-            Ok(hello) => self.begin(driver, token, link, hello),
-            Err(reason) => self.refuse(link, reason),
-        }
-        driver.set_timer();
-    }
-
-    /// The guest is there.
-    fn begin(&self, driver: &mut Driver, token: u64, mut link: Link, hello: Hello) {
-        let peer = match socket_peercred(&link) {
-            Ok(credentials) => {
-                Peer { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() }
-            }
-            Err(error) => {
-                return self.refuse(link, ConnectionError::system("SO_PEERCRED")(error));
-            }
-        };
-        if let Err(reason) = link.send(handshake::welcome(), &[self.port.event_port.as_fd()]) {
-            return self.refuse(link, reason);
-        }
-        let memory_bytes = hello.memory.total_bytes();
-        *self.port.session() = Some(Session::new(link, token, hello, peer));
-        self.bus.guest_reset();
-        self.report(HostEvent::GuestConnected { peer, memory_bytes });
-        for Handshake { mut link, .. } in driver.handshakes.drain(..) {
-            self.port.poller.remove(&link);
-            self.turn_away(&mut link);
-        }
-    }
-
     /// The guest is gone, or has to go.
+    fn lost(&self, driver: &Driver, reason: ConnectionError) {
+        match driver.stage {
+            // Nothing has come of it yet: it may come back once more.
+            Stage::Restoring { .. } => self.forget(reason),
+            Stage::Serving | Stage::Held | Stage::Gone => self.end(reason),
+        }
+    }
+
+    /// The guest's connection is over.
     fn end(&self, reason: ConnectionError) {
         let Some(mut session) = self.port.session().take() else { return };
         self.port.poller.remove(&session.link);
         let reason = session.failed.take().unwrap_or(reason);
-        say_why(&mut session.link, &reason);
+        accept::say_why(&mut session.link, &reason);
         session.relieve();
         let peer = session.peer;
         drop(session);
@@ -415,8 +342,20 @@ impl UnixHost {
         self.report(HostEvent::GuestGone { peer, reason });
     }
 
+    /// Lets go of the guest without a word to it, and without one to the bus.
+    fn forget(&self, reason: ConnectionError) {
+        let Some(mut session) = self.port.session().take() else { return };
+        self.port.poller.remove(&session.link);
+        let reason = session.failed.take().unwrap_or(reason);
+        session.relieve();
+        session.ring_all(); // what relieved a thread was perhaps a signal
+        let peer = session.peer;
+        drop(session);
+        self.report(HostEvent::GuestGone { peer, reason });
+    }
+
     /// The socket has room again.
-    fn flush(&self) {
+    fn flush(&self, driver: &Driver) {
         let flushed = match &mut *self.port.session() {
             Some(session) => session.flush(&self.port.poller),
             None => return,
@@ -424,16 +363,23 @@ impl UnixHost {
         match flushed {
             Ok(true) => self.bus.messages_drained(),
             Ok(false) => {}
-            Err(reason) => self.end(reason),
+            Err(reason) => self.lost(driver, reason),
         }
     }
 
     /// Handles frames of the guest. Returns whether there may be more.
-    fn read(&self) -> bool {
+    fn read(&self, driver: &Driver) -> bool {
         for _ in 0..FRAMES_PER_TURN {
             let received = match &*self.port.session() {
                 // A guest that does not take its answers gets no more of them.
                 Some(session) if session.link.is_waiting() => return false,
+                // One that is not heard yet is watched for its end alone.
+                Some(session) if matches!(driver.stage, Stage::Restoring { .. }) => {
+                    match session.link.is_hung_up() {
+                        true => Err(ConnectionError::Closed),
+                        false => return false,
+                    }
+                }
                 Some(session) => session.link.receive(),
                 None => return false,
             };
@@ -443,7 +389,7 @@ impl UnixHost {
                 Err(error) => Err(error),
             };
             if let Err(reason) = handled {
-                self.end(reason);
+                self.lost(driver, reason);
                 return false;
             }
         }
@@ -458,7 +404,7 @@ impl UnixHost {
         }
         let message = frame.message()?;
         if !descriptors.is_empty() {
-            let flag = session::event_flag(frame.b)?;
+            let flag = handshake::event_flag(frame.b)?;
             let doorbell = handshake::one_descriptor(Kind::Post, descriptors)?;
             let doorbell = PeerEvent::from_peer(doorbell, "a channel's doorbell")?;
             let channels = self.bus.usage().channels;
@@ -470,9 +416,8 @@ impl UnixHost {
             Ok(()) => 0,
             Err(error) => error.hypercall_status(),
         };
-        let answer = Frame::new(Kind::Posted, u32::from(status), 0, &[]);
         match &mut *self.port.session() {
-            Some(session) => session.send(&self.port.poller, answer, &[]),
+            Some(session) => session.answer_post(&self.port.poller, status),
             None => Ok(()),
         }
     }
@@ -497,26 +442,23 @@ impl AsFd for UnixHost {
 
 impl Drop for UnixHost {
     fn drop(&mut self) {
-        self.end(ConnectionError::Closed);
-    }
-}
-
-impl Driver {
-    /// Has the timer go off when the next of those that wait is late.
-    fn set_timer(&self) {
-        let deadlines = self.handshakes.iter().map(|waiting| waiting.deadline);
-        let next = deadlines.chain(self.accept_paused).min();
-        let delay = next.map(|next| next.saturating_duration_since(Instant::now()));
-        if let Err(error) = self.timer.set(delay) {
-            tracing::error!(%error, "cannot set a timer");
+        let mut driver = lock(&self.driver);
+        match driver.stage {
+            Stage::Serving | Stage::Held => {
+                // No other process will go on with it: it need not wait for one.
+                if let Some(session) = &mut *self.port.session()
+                    && session.resumable.is_some()
+                {
+                    session.set_hearing(&self.port.poller, Hearing::Normal);
+                    accept::say(&mut session.link, Reason::Ended, "the host has ended");
+                }
+                self.end(ConnectionError::Closed);
+            }
+            Stage::Restoring { .. } | Stage::Gone => {
+                driver.listener = None; // before the guest looks for another host
+                self.forget(ConnectionError::Closed);
+            }
         }
-    }
-}
-
-/// The last words to a process that is turned away, if it listens.
-fn say_why(link: &mut Link, reason: &ConnectionError) {
-    if let Some(code) = reason.reason() {
-        let _gone = link.try_send(&handshake::refusal(code, &reason.to_string()));
     }
 }
 

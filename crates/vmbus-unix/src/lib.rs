@@ -11,6 +11,8 @@
 //! | `guest` | [`UnixGuest`]: a connection to it, and a [`GuestBus`](vmbus_guest::GuestBus) |
 //! | [`frame`] | what goes over the socket |
 //! | `handshake` | how the two get to know each other |
+//! | [`resume`] | how a connection outlives the process that serves it |
+//! | `epoch` | a number that both see, and that outlives who raises it |
 //! | `link` | frames and descriptors in and out, in order and bounded |
 //! | `event` | eventfds shared with a process that is not trusted |
 //! | `listener` | the socket in the file system |
@@ -54,6 +56,7 @@
 
 #![forbid(unsafe_code)]
 
+mod epoch;
 mod error;
 mod event;
 pub mod frame;
@@ -63,8 +66,12 @@ mod host;
 mod link;
 mod listener;
 mod poller;
+pub mod resume;
 mod timer;
 
-pub use error::{BindError, ConnectError, ConnectionError, FrameError, Reason};
-pub use guest::{GuestOptions, UnixGuest};
-pub use host::{HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES, Peer, UnixHost};
+pub use error::{BindError, ConnectError, ConnectionError, FrameError, Reason, ResumeError};
+pub use guest::{GuestEvent, GuestOptions, UnixGuest};
+pub use host::{
+    FinishError, HeldHost, HoldError, HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES, Peer,
+    RestoreError, RestoringHost, TransportReadError, TransportSave, TransportSaveError, UnixHost,
+};

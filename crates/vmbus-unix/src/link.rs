@@ -35,11 +35,13 @@ pub(crate) struct Received {
 pub(crate) struct Link {
     socket: OwnedFd,
     waiting: VecDeque<(Frame, Vec<OwnedFd>)>,
+    /// Nothing is given to the socket.
+    held: bool,
 }
 
 impl Link {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, waiting: VecDeque::new() }
+        Self { socket, waiting: VecDeque::new(), held: false }
     }
 
     /// Sends a frame now, or as soon as the socket takes it: after those that wait already.
@@ -77,6 +79,11 @@ impl Link {
         Ok(true)
     }
 
+    /// From now on frames wait whether the socket has room or not; or no longer.
+    pub(crate) fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
     /// Whether frames wait.
     pub(crate) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
@@ -89,6 +96,9 @@ impl Link {
 
     /// Gives the frame to the socket, unless it is full.
     fn offer(&self, frame: &Frame, fds: &[BorrowedFd<'_>]) -> Result<bool, ConnectionError> {
+        if self.held {
+            return Ok(false);
+        }
         let mut space = [MaybeUninit::uninit(); CONTROL_SIZE];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -229,6 +239,22 @@ mod tests {
         }
         assert!(one.flush().unwrap() && !one.is_waiting());
         assert!(one.try_send(&numbered(0)).unwrap());
+    }
+
+    #[test]
+    fn a_link_that_is_held_gives_nothing_and_loses_nothing() {
+        let (mut one, two) = pair();
+        one.hold(true);
+        one.send(numbered(1), &[]).unwrap();
+        assert!(!one.try_send(&numbered(9)).unwrap() && !one.flush().unwrap());
+        assert!(two.receive().unwrap().is_none());
+        one.hold(false);
+        one.send(numbered(2), &[]).unwrap();
+        assert!(one.flush().unwrap());
+        for expected in [1, 2] {
+            assert_eq!(number(&two.receive().unwrap().unwrap()), expected);
+        }
+        assert!(two.receive().unwrap().is_none());
     }
 
     #[test]

@@ -72,10 +72,6 @@ impl Listener {
             }
         }
     }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
 }
 
 impl AsFd for Listener {

@@ -13,7 +13,8 @@ use vmbus_memory::{GuestMemory, PageAllocator};
 use vmbus_wire::PAGE_SIZE;
 
 use super::port::Port;
-use super::{ATTENTION, GuestOptions, UnixGuest};
+use super::resume::Back;
+use super::{ATTENTION, BACK, GuestOptions, UnixGuest};
 use crate::error::{ConnectError, ConnectionError};
 use crate::event::OwnEvent;
 use crate::handshake;
@@ -49,7 +50,8 @@ impl UnixGuest {
         let mut link = open(path, deadline)?.ok_or_else(|| failed(timed_out()))?;
         let attention = OwnEvent::new().map_err(system("eventfd"))?;
         let (hello, descriptors) =
-            handshake::hello(&memory, attention.as_fd()).map_err(|error| failed(error.into()))?;
+            handshake::hello(&memory, attention.as_fd(), options.reconnect.is_some())
+                .map_err(|error| failed(error.into()))?;
         match link.send(hello, &descriptors) {
             // A host that is busy says so without listening.
             Ok(()) | Err(ConnectionError::Closed) => {}
@@ -57,12 +59,16 @@ impl UnixGuest {
         }
         let answer = receive(&link, deadline).map_err(failed)?;
         let answer = answer.ok_or_else(|| failed(timed_out()))?;
-        let event_port = handshake::answer(answer).map_err(failed)?;
+        let mut welcome = handshake::answer(answer).map_err(failed)?;
+        // A host may let the connection outlive it; whether it does is up to us.
+        welcome.resumable = welcome.resumable.filter(|_| options.reconnect.is_some());
 
-        let port = Arc::new(Port::new(link, event_port).map_err(system("epoll"))?);
+        let port = Arc::new(Port::new(link, welcome).map_err(system("epoll"))?);
         port.poller.add(&attention, ATTENTION, Interest::READ).map_err(system("epoll_ctl"))?;
+        let back = Back::new(path, options.reconnect).map_err(system("timerfd_create"))?;
+        port.poller.add(&back.timer, BACK, Interest::READ).map_err(system("epoll_ctl"))?;
         let bus = GuestBus::new(options.config, pages, Arc::clone(&port) as Arc<_>)?;
-        let guest = Self { bus, port, attention, driving: Mutex::new(()) };
+        let guest = Self { bus, port, attention, back, driving: Mutex::new(()) };
         guest.bus.connect()?;
         Ok(guest)
     }

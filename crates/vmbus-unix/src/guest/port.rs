@@ -1,25 +1,35 @@
 //! The way from the bus to the host.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use kmcl::bus::{Doorbell, Signal};
 use rustix::io::Errno;
-use vmbus_guest::{ConnectionEvent, HostPort, LossReason, OfferedChannel, Posted};
-use vmbus_wire::message::{MessageHeader, MessageType, OpenChannel};
+use vmbus_guest::{ConnectionEvent, HostPort, LossReason, OfferedChannel, PostStatus, Posted};
+use vmbus_wire::guid::Guid;
+use vmbus_wire::message::{MessageBuffer, MessageHeader, MessageType, OpenChannel};
 use vmbus_wire::status::NtStatus;
 use vmbus_wire::synic::connection;
 use zerocopy::FromBytes;
 
-use super::{SOCKET, TIMER, WAKE};
+use super::resume::Line;
+use super::{GuestEvent, SOCKET, TIMER, WAKE};
 use crate::MAX_EVENTS;
+use crate::epoch::PeerEpoch;
 use crate::error::ConnectionError;
 use crate::event::{OwnEvent, PeerEvent};
 use crate::frame::{Frame, Kind};
+use crate::handshake::Welcome;
 use crate::link::{Link, Received};
 use crate::poller::{Interest, Poller};
+use crate::resume::GuestProgress;
 use crate::timer::Timer;
+
+/// What a hypercall answers to a message too long.
+///
+/// Source: vmbus-wire section 2, "Post status codes".
+const INVALID_PARAMETER: PostStatus = PostStatus(5);
 
 /// The longest wait before a message is posted again that the host had no buffer for.
 const MAX_BACK_OFF: Duration = Duration::from_millis(100);
@@ -32,39 +42,111 @@ pub(super) struct Port {
     /// Wakes the thread that drives.
     pub(super) wake: OwnEvent,
     /// Signals the host for channels of old versions.
-    event_port: Arc<PeerEvent>,
+    pub(super) event_port: Arc<HostSignal>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
-    /// `None` once the connection is over.
-    link: Option<Link>,
-    interest: Interest,
+    /// The socket, if there is one.
+    pub(super) link: Option<Link>,
+    /// What it is for.
+    pub(super) line: Line,
+    pub(super) interest: Interest,
     /// By channel: what the host is to ring, given to it with the open.
     doorbells: BTreeMap<u32, Weak<dyn Doorbell>>,
     /// By connection id: what signals the host, once it has said so.
     signals: BTreeMap<u32, Weak<HostSignal>>,
+    /// The message that the host has not answered. The bus posts no further one before.
+    pub(super) unanswered: Option<Post>,
+    /// How far the connection has come.
+    pub(super) progress: GuestProgress,
+    /// The connection's name and its epoch, if it can outlive the host's process.
+    pub(super) resumable: Option<(Guid, PeerEpoch)>,
     pub(super) lost: Option<Arc<ConnectionError>>,
-    /// What the bus has told of the connection, oldest first.
-    pub(super) events: VecDeque<ConnectionEvent>,
+    /// The bus was told so.
+    closed: bool,
+    /// What has happened, oldest first.
+    pub(super) events: VecDeque<GuestEvent>,
+}
+
+/// A message on its way to the host.
+#[derive(Debug)]
+pub(super) struct Post {
+    connection_id: u32,
+    message: MessageBuffer,
+    /// It was given to the host that is there, or that one has it from the host before.
+    pub(super) sent: bool,
+}
+
+impl Post {
+    /// The channel that it opens, if it does.
+    fn opens(&self) -> Option<u32> {
+        opened_channel(&self.message)
+    }
+
+    /// The frame. A channel's doorbell goes with the message that opens it.
+    fn frame(&self) -> Frame {
+        // A channel's interrupt flag is its number: this guest asks for no other one.
+        let flag = self.opens().unwrap_or_default();
+        Frame::new(Kind::Post, self.connection_id, flag, &[&self.message])
+    }
 }
 
 impl State {
     /// The connection is over. Only the first reason counts.
     pub(super) fn fail(&mut self, reason: ConnectionError) {
-        self.lost.get_or_insert_with(|| Arc::new(reason));
+        if self.lost.is_none() {
+            let reason = Arc::new(reason);
+            self.lost = Some(Arc::clone(&reason));
+            self.report(GuestEvent::Over(reason));
+        }
+    }
+
+    pub(super) fn report(&mut self, event: GuestEvent) {
+        if self.events.len() >= MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    /// What the host rings, by channel.
+    pub(super) fn doorbells(&self) -> Vec<(u32, Arc<dyn Doorbell>)> {
+        let doorbells = self.doorbells.iter();
+        doorbells.filter_map(|(&channel, doorbell)| Some((channel, doorbell.upgrade()?))).collect()
+    }
+
+    fn doorbell(&self, channel: u32) -> Option<Arc<dyn Doorbell>> {
+        self.doorbells.get(&channel)?.upgrade()
+    }
+
+    /// Whether the end of the socket is the end of the connection.
+    pub(super) fn ends_with_link(&self) -> bool {
+        self.resumable.is_none()
     }
 }
 
 /// Signals the host for one channel. Quiet until the host has given what to ring, which it does
-/// before it says that the channel is open.
+/// before it says that the channel is open. A host that goes on with the connection gives it anew.
 #[derive(Debug, Default)]
-struct HostSignal(OnceLock<PeerEvent>);
+pub(super) struct HostSignal(RwLock<Option<PeerEvent>>);
+
+impl HostSignal {
+    /// Rings something else from now on. Where it has rung before, it does so at once: what was rung
+    /// last was perhaps not heard.
+    pub(super) fn set(&self, event: PeerEvent) {
+        let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if current.is_some() {
+            event.ring();
+        }
+        *current = Some(event);
+    }
+}
 
 impl Signal for HostSignal {
     fn signal(&self) {
-        if let Some(event) = self.0.get() {
+        // Locked for writing only when the host has changed.
+        if let Some(event) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
             event.ring();
         }
     }
@@ -72,20 +154,28 @@ impl Signal for HostSignal {
 
 impl Port {
     /// For a host that has taken the guest.
-    pub(super) fn new(link: Link, event_port: PeerEvent) -> Result<Self, Errno> {
+    pub(super) fn new(link: Link, welcome: Welcome) -> Result<Self, Errno> {
+        let Welcome { event_port, resumable } = welcome;
         let (poller, timer, wake) = (Poller::new()?, Timer::new()?, OwnEvent::new()?);
         poller.add(&link, SOCKET, Interest::READ)?;
         poller.add(&timer, TIMER, Interest::READ)?;
         poller.add(&wake, WAKE, Interest::READ)?;
         let state = State {
             link: Some(link),
+            line: Line::Up,
             interest: Interest::READ,
             doorbells: BTreeMap::new(),
             signals: BTreeMap::new(),
+            unanswered: None,
+            progress: GuestProgress::default(),
+            resumable,
             lost: None,
+            closed: false,
             events: VecDeque::new(),
         };
-        Ok(Self { poller, timer, wake, event_port: Arc::new(event_port), state: Mutex::new(state) })
+        let signal = HostSignal::default();
+        signal.set(event_port);
+        Ok(Self { poller, timer, wake, event_port: Arc::new(signal), state: Mutex::new(state) })
     }
 
     /// Not to be held across a call to the bus, which calls back.
@@ -102,7 +192,11 @@ impl Port {
 
     /// The socket has room.
     pub(super) fn flush(&self) {
-        self.use_link(|link| link.flush().map(drop));
+        let mut state = self.state();
+        if let Some(link) = &mut state.link {
+            let flushed = link.flush().map(drop);
+            self.used(&mut state, flushed);
+        }
     }
 
     /// The host listens for signals to a connection. Where no channel waits for that, it is
@@ -110,50 +204,80 @@ impl Port {
     pub(super) fn listening(&self, connection_id: u32, event: PeerEvent) {
         let signal = self.state().signals.get(&connection_id).and_then(Weak::upgrade);
         if let Some(signal) = signal {
-            let _had_one = signal.0.set(event);
+            signal.set(event);
         }
     }
 
-    /// Closes the socket of a connection that is over. Returns whether it was open.
+    /// Closes the socket of a connection that is over. Returns whether that is news.
     pub(super) fn close_if_lost(&self) -> bool {
         let mut state = self.state();
         if state.lost.is_none() {
             return false;
         }
-        let Some(link) = state.link.take() else { return false };
-        self.poller.remove(&link);
-        true
+        if let Some(link) = state.link.take() {
+            self.poller.remove(&link);
+        }
+        !std::mem::replace(&mut state.closed, true)
     }
 
-    fn use_link(&self, use_it: impl FnOnce(&mut Link) -> Result<(), ConnectionError>) {
-        let mut state = self.state();
-        let State { link: Some(link), interest, .. } = &mut *state else { return };
-        let result = use_it(link).and_then(|()| {
-            // The host is always read: it may be waiting for that before it reads us.
-            let wanted = Interest { read: true, write: link.is_waiting() };
-            if wanted != std::mem::replace(interest, wanted) {
-                let modified = self.poller.modify(&*link, SOCKET, wanted);
-                modified.map_err(ConnectionError::system("epoll_ctl"))?;
+    /// After the link was used: waits for room in the socket if need be, and ends what cannot go on.
+    pub(super) fn used(&self, state: &mut State, result: Result<(), ConnectionError>) {
+        let result = result.and_then(|()| self.watch(state));
+        match result {
+            // What the host has said before its end is read first; then comes the end.
+            Err(ConnectionError::Closed) if !state.ends_with_link() => {}
+            Err(reason) => {
+                state.fail(reason);
+                self.wake.ring();
             }
-            Ok(())
-        });
-        if let Err(reason) = result {
-            state.fail(reason);
-            self.wake.ring();
+            Ok(()) => {}
+        }
+    }
+
+    fn watch(&self, state: &mut State) -> Result<(), ConnectionError> {
+        let State { link: Some(link), interest, .. } = state else { return Ok(()) };
+        // The host is always read: it may be waiting for that before it reads us.
+        let wanted = Interest { read: true, write: link.is_waiting() };
+        if wanted != std::mem::replace(interest, wanted) {
+            let modified = self.poller.modify(&*link, SOCKET, wanted);
+            modified.map_err(ConnectionError::system("epoll_ctl"))?;
+        }
+        Ok(())
+    }
+
+    /// Sends the post that is not answered, unless the host that is there has it. Where there is
+    /// none, the next one gets it.
+    pub(super) fn send_unanswered(&self) {
+        let doorbell = {
+            let state = self.state();
+            let opens = state.unanswered.as_ref().and_then(Post::opens);
+            opens.and_then(|channel| state.doorbell(channel))
+        };
+        // Foreign code, so not under our lock.
+        let event = doorbell.as_ref().and_then(|doorbell| doorbell.event_fd().ok());
+        let mut state = self.state();
+        let State { line: Line::Up, link: Some(link), unanswered: Some(post), .. } = &mut *state
+        else {
+            return;
+        };
+        if !std::mem::replace(&mut post.sent, true) {
+            let sent = link.send(post.frame(), event.as_slice());
+            self.used(&mut state, sent);
         }
     }
 }
 
 impl HostPort for Port {
     fn post_message(&self, connection_id: u32, message: &[u8]) -> Posted {
-        let opened = opened_channel(message);
-        // Foreign code, so not under our lock.
-        let doorbell = opened.and_then(|channel| self.state().doorbells.get(&channel)?.upgrade());
-        let event = doorbell.as_ref().and_then(|doorbell| doorbell.event_fd().ok());
-        // A channel's interrupt flag is its number: this guest asks for no other one.
-        let flag = opened.unwrap_or_default();
-        let frame = Frame::new(Kind::Post, connection_id, flag, &[message]);
-        self.use_link(|link| link.send(frame, event.as_slice()));
+        let Ok(message) = MessageBuffer::copy_from(message) else {
+            return Posted::Answered(INVALID_PARAMETER); // the bus has no such message
+        };
+        {
+            let mut state = self.state();
+            state.progress.posts = state.progress.posts.wrapping_add(1); // 64 bits: not in a lifetime
+            state.unanswered = Some(Post { connection_id, message, sent: false });
+        }
+        self.send_unanswered();
         Posted::Later
     }
 
@@ -188,10 +312,7 @@ impl HostPort for Port {
 
     fn connection_changed(&self, event: &ConnectionEvent) {
         let mut state = self.state();
-        if state.events.len() >= MAX_EVENTS {
-            state.events.pop_front();
-        }
-        state.events.push_back(event.clone());
+        state.report(GuestEvent::Bus(event.clone()));
         if let ConnectionEvent::Lost(reason) = event
             && *reason != LossReason::HostGone
         {

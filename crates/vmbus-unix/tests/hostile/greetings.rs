@@ -50,7 +50,7 @@ fn rows() -> Vec<Row> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(MIB).unwrap();
     let read_only = File::open("/proc/self/exe").unwrap();
-    let many: Vec<_> = (0..MAX_HELLO_REGIONS as u64 + 1).map(|i| region(i * MIB, MIB, 0)).collect();
+    let many: Vec<_> = (0..MAX_HELLO_REGIONS as u64 + 4).map(|i| region(i * MIB, MIB, 0)).collect();
     let in_memory = |what, (bytes, fds): (Vec<u8>, Vec<OwnedFd>), text| -> Row {
         (what, bytes, fds, Reason::Memory, text)
     };

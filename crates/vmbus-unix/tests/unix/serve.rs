@@ -8,7 +8,7 @@ use std::time::Instant;
 use kmcl::{Guid, NtStatus};
 use vmbus_guest::{ConnectionEvent, ConnectionState};
 use vmbus_unix::{
-    BindError, ConnectError, ConnectionError, HostOptions, Reason, UnixGuest, UnixHost,
+    BindError, ConnectError, ConnectionError, GuestEvent, HostOptions, Reason, UnixGuest, UnixHost,
 };
 
 use crate::ends::*;
@@ -142,7 +142,10 @@ fn requests_of_the_guest_are_answered() {
             events.extend(client.guest.take_events());
             !events.is_empty()
         });
-        events.remove(0)
+        match events.remove(0) {
+            GuestEvent::Bus(event) => event,
+            other => panic!("{other:?}"),
+        }
     };
 
     bus.modify_channel(channel_id, 5).unwrap();

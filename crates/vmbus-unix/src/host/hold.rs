@@ -1,0 +1,154 @@
+//! A host that is held still, so that it can be saved, and then goes on or goes away.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use saved_state::FormatVersion;
+use saved_state::text::Producer;
+
+use super::saved::{TransportSave, TransportSaveError};
+use super::session::Hearing;
+use super::{EVENT_PORT, Stage, UnixHost, accept, lock};
+use crate::error::{ConnectionError, Reason};
+use crate::poller::Interest;
+
+/// A [`UnixHost`] that takes nothing from its guest and gives it nothing: no frame, no message, no
+/// answer. What the devices want to say waits; their channels are frozen by their owners. The host's
+/// descriptor is not readable meanwhile, and driving it does nothing.
+///
+/// Dropping it is [`HeldHost::release`].
+///
+/// **Order.** The host is held before channels are frozen, and released *before* they are thawed: what a
+/// channel does after a save makes the saved state void, which only `release` says
+/// ([`crate::resume`]).
+#[derive(Debug)]
+pub struct HeldHost<'a> {
+    host: &'a UnixHost,
+    /// Something was saved that another process could go on with.
+    saved: AtomicBool,
+}
+
+/// Why a host cannot be held.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HoldError {
+    /// It is held already.
+    #[error("the host is held already")]
+    Held,
+    /// It has not gone on yet after a restore.
+    #[error("the host waits for the guest of its saved state")]
+    Restoring,
+    /// Another process serves.
+    #[error("the host has moved away")]
+    Gone,
+}
+
+impl UnixHost {
+    /// Holds the host still. Waits for a thread that is driving it; so it must not be called from
+    /// anything that this host calls.
+    ///
+    /// # Errors
+    /// [`HoldError`].
+    pub fn hold(&self) -> Result<HeldHost<'_>, HoldError> {
+        let mut driver = lock(&self.driver);
+        match driver.stage {
+            Stage::Serving => driver.stage = Stage::Held,
+            Stage::Held => return Err(HoldError::Held),
+            Stage::Restoring { .. } => return Err(HoldError::Restoring),
+            Stage::Gone => return Err(HoldError::Gone),
+        }
+        self.set_door_held(&driver, true);
+        self.port.poller.remove(&self.port.event_port);
+        if let Some(session) = &mut *self.port.session() {
+            session.set_hearing(&self.port.poller, Hearing::Held);
+        }
+        Ok(HeldHost { host: self, saved: AtomicBool::new(false) })
+    }
+}
+
+impl<'a> HeldHost<'a> {
+    /// The host.
+    #[must_use]
+    pub fn host(&self) -> &'a UnixHost {
+        self.host
+    }
+
+    /// The state of the transport, to be written to wherever it is kept. It is good until
+    /// [`HeldHost::release`]: from then on no guest goes on with it.
+    ///
+    /// # Errors
+    /// [`TransportSaveError`]; a guest that does not outlive this process cannot be saved.
+    pub fn save(&self, producer: Producer) -> Result<TransportSave, TransportSaveError> {
+        self.save_as(FormatVersion::NEWEST, producer)
+    }
+
+    /// [`HeldHost::save`] in an older version of the format.
+    ///
+    /// # Errors
+    /// As for [`HeldHost::save`].
+    pub fn save_as(
+        &self,
+        version: FormatVersion,
+        producer: Producer,
+    ) -> Result<TransportSave, TransportSaveError> {
+        let guest = match &*self.host.port.session() {
+            None => None,
+            Some(session) => {
+                let cannot = TransportSaveError::GuestCannotResume { peer: session.peer };
+                Some(session.to_saved()?.ok_or(cannot)?)
+            }
+        };
+        // Before anybody can have the bytes.
+        self.saved.store(true, Ordering::Relaxed);
+        Ok(TransportSave::new(guest.as_ref(), version, producer)?)
+    }
+
+    /// The host goes on. Whatever was saved is void from now on, and a guest that is asked to go on
+    /// with it refuses: see [`crate::resume`]. To be called before any channel is thawed.
+    pub fn release(self) {}
+
+    /// The host is over, and the guest is told nothing: its link ends as if this process had been
+    /// killed. Another process may serve at the path at once, and go on with the saved state. What
+    /// devices do with the bus from now on has no effect.
+    pub fn move_away(self) {
+        let mut driver = lock(&self.host.driver);
+        driver.stage = Stage::Gone;
+        driver.listener = None; // before the guest looks for another host
+        self.host.forget(ConnectionError::Closed);
+    }
+
+    /// [`HeldHost::release`].
+    fn go_on(&self) {
+        let host = self.host;
+        let mut driver = lock(&host.driver);
+        if !matches!(driver.stage, Stage::Held) {
+            return; // moved away
+        }
+        if let Some(session) = &mut *host.port.session() {
+            if self.saved.load(Ordering::Relaxed)
+                && let Some(resumable) = &mut session.resumable
+                && let Err(error) = resumable.epoch.raise()
+            {
+                // Not to be void must not be: then it is the connection that is.
+                session.link.hold(false);
+                accept::say(&mut session.link, Reason::Ended, "the epoch cannot be raised");
+                session.fail(ConnectionError::system("pwrite")(error));
+            }
+            session.set_hearing(&host.port.poller, Hearing::Normal);
+        }
+        driver.stage = Stage::Serving;
+        host.set_door_held(&driver, false);
+        host.set_watched(
+            std::os::fd::AsFd::as_fd(&host.port.event_port),
+            EVENT_PORT,
+            Some(Interest::READ),
+        );
+        drop(driver);
+        host.bus.messages_drained();
+    }
+}
+
+impl Drop for HeldHost<'_> {
+    fn drop(&mut self) {
+        self.go_on();
+    }
+}
