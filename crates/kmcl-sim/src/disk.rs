@@ -1,16 +1,13 @@
-//! A disk whose requests end when, and in the order in which, the seed says.
+//! The disk: a medium whose time is the world's, and on which the seed decides how long each request
+//! takes, in which parts it lands, and whether it lets itself be cancelled.
 //!
-//! The medium outlives the host. A request that a host has started and not had confirmed as ended
-//! goes on without it, as it does in a kernel or on a network: it may still land when another host
-//! has taken over.
+//! The medium outlives the host. What a host has begun and nobody has seen the end of goes on without
+//! it, as it does in a kernel or on a network: it may still land when another host has taken over.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use vmbus_memory::MemoryError;
-use vsp_storage::block::{Backend, IoDone, IoError, IoOperation, IoRequest, RamBackend};
+use vsp_storage::block::{Fate, IoError, IoOperation, TestIo, TestMedium, TestTime};
 
 use crate::rng::Rng;
 
@@ -21,149 +18,63 @@ pub(crate) const BLOCK_BYTES: u32 = 512;
 pub(crate) const BLOCKS: u64 = 64;
 
 /// The block that cannot be read.
-pub(crate) const BAD_BLOCK: u64 = 13;
+const BAD_BLOCK: u64 = 13;
 
-/// What stores the bytes, and the requests that are under way on it, whoever has made them.
-pub(crate) struct Medium {
-    bytes: RamBackend,
-    inner: Mutex<Inner>,
+/// One tick of the world's clock.
+const TICK: Duration = Duration::from_micros(1);
+
+/// A medium whose requests end as chance has it.
+pub(crate) fn new_medium(mut rng: Rng) -> TestMedium {
+    let bytes = BLOCKS * u64::from(BLOCK_BYTES);
+    let medium = TestMedium::new(bytes, TestTime::Simulated).expect("memory for a disk");
+    medium.set_slots([2, 8, 256][rng.index(3)]);
+    medium.choose_fates(move |io| fate(&mut rng, io));
+    medium
 }
 
-struct Inner {
-    rng: Rng,
-    now: u64,
-    next: u64,
-    running: Vec<Running>,
-}
-
-struct Running {
-    id: u64,
-    due: u64,
-    request: IoRequest,
-    /// Whom to tell.
-    owner: Arc<Finished>,
-}
-
-/// Requests that have ended and were not asked for yet.
-#[derive(Default)]
-struct Finished(Mutex<Vec<IoDone>>);
-
-impl Finished {
-    fn lock(&self) -> MutexGuard<'_, Vec<IoDone>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Medium {
-    pub(crate) fn new(rng: Rng) -> Result<Arc<Self>, MemoryError> {
-        let bytes = RamBackend::new(BLOCKS * u64::from(BLOCK_BYTES))?;
-        let inner = Mutex::new(Inner { rng, now: 0, next: 0, running: Vec::new() });
-        Ok(Arc::new(Self { bytes, inner }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The requests that can land, and when.
-    pub(crate) fn landings(&self, now: u64, mut found: impl FnMut(u64, u64)) {
-        let mut inner = self.lock();
-        inner.now = now;
-        for running in &inner.running {
-            found(running.due, running.id);
-        }
-    }
-
-    /// A request takes effect.
-    pub(crate) fn land(&self, id: u64) {
-        let mut inner = self.lock();
-        let Some(at) = inner.running.iter().position(|running| running.id == id) else { return };
-        let Running { request, owner, .. } = inner.running.swap_remove(at);
-        drop(inner);
-        let done = self.perform(request);
-        owner.lock().push(done);
-    }
-
-    /// Every request takes effect.
-    pub(crate) fn land_all(&self) {
-        let ids: Vec<u64> = self.lock().running.iter().map(|running| running.id).collect();
-        ids.into_iter().for_each(|id| self.land(id));
-    }
-
-    fn perform(&self, request: IoRequest) -> IoDone {
-        let bad = BAD_BLOCK * u64::from(BLOCK_BYTES);
-        let hits_bad_block =
-            (request.offset..request.offset.saturating_add(request.bytes)).contains(&bad);
-        if request.operation == IoOperation::Read && hits_bad_block {
-            return IoDone { request, result: Err(IoError::Read { at: bad, errno: Errno::IO }) };
-        }
-        let (mut one, mut done) = (vec![request], Vec::new());
-        self.bytes.submit(&mut one, &mut done);
-        done.pop().expect("memory does everything at once")
-    }
-
-    /// What is on the disk.
-    pub(crate) fn block(&self, block: u64) -> Vec<u8> {
-        let mut bytes = vec![0; BLOCK_BYTES as usize];
-        let read = self.bytes.medium().read(block * u64::from(BLOCK_BYTES), &mut bytes);
-        read.expect("the block is on the disk");
-        bytes
+fn fate(rng: &mut Rng, io: &TestIo) -> Fate {
+    let ticks = u32::try_from(rng.delay()).unwrap_or(0);
+    let bad = BAD_BLOCK * u64::from(BLOCK_BYTES);
+    let hits_bad_block = (io.offset..io.offset + io.bytes).contains(&bad);
+    let result = match io.operation {
+        IoOperation::Read if hits_bad_block => Err(IoError::Read { at: bad, errno: Errno::IO }),
+        _ => Ok(()),
+    };
+    Fate {
+        parts: u32::try_from(rng.between(1, 3)).unwrap_or(1),
+        backwards: rng.once_in(2),
+        result,
+        can_cancel: !rng.once_in(3),
+        ..Fate::after(TICK * ticks)
     }
 }
 
-/// One host's way to the medium.
-pub(crate) struct SimBackend {
-    medium: Arc<Medium>,
-    finished: Arc<Finished>,
-    /// Only there to be asked for: the simulator knows when something has finished.
-    fd: OwnedFd,
+/// Lets the medium come to the time `now`, in ticks.
+pub(crate) fn advance(medium: &TestMedium, now: u64) {
+    medium.advance(at(now).saturating_sub(medium.now()));
 }
 
-impl SimBackend {
-    pub(crate) fn new(medium: &Arc<Medium>) -> Result<Arc<Self>, Errno> {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Arc::new(Self { medium: Arc::clone(medium), finished: Arc::default(), fd }))
-    }
+/// When something happens on the medium next, in ticks.
+pub(crate) fn next_at(medium: &TestMedium) -> Option<u64> {
+    let next = medium.next_at()?.as_nanos().div_ceil(TICK.as_nanos());
+    Some(u64::try_from(next).unwrap_or(u64::MAX))
+}
 
-    /// Whether [`Backend::reap`] has something to do.
-    pub(crate) fn has_finished(&self) -> bool {
-        !self.finished.lock().is_empty()
-    }
-
-    fn is_mine(&self, running: &Running) -> bool {
-        Arc::ptr_eq(&running.owner, &self.finished)
+/// Lets everything on the medium end.
+pub(crate) fn settle(medium: &TestMedium) {
+    while let Some(next) = medium.next_at() {
+        medium.advance(next.saturating_sub(medium.now()));
     }
 }
 
-impl Backend for SimBackend {
-    fn bytes(&self) -> u64 {
-        self.medium.bytes.bytes()
-    }
+/// What is in a block of the disk.
+pub(crate) fn block(medium: &TestMedium, block: u64) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK_BYTES as usize];
+    let read = medium.contents().read(block * u64::from(BLOCK_BYTES), &mut bytes);
+    read.expect("the block is on the disk");
+    bytes
+}
 
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn submit(&self, requests: &mut Vec<IoRequest>, _done: &mut Vec<IoDone>) {
-        let inner = &mut *self.medium.lock();
-        for request in requests.drain(..) {
-            let mut due = inner.now + inner.rng.delay();
-            if request.operation == IoOperation::Flush {
-                // Behind everything that was submitted before it.
-                let mine = inner.running.iter().filter(|running| self.is_mine(running));
-                due = mine.map(|running| running.due + 1).fold(due, u64::max);
-            }
-            let owner = Arc::clone(&self.finished);
-            inner.running.push(Running { id: inner.next, due, request, owner });
-            inner.next += 1;
-        }
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.fd.as_fd())
-    }
-
-    fn reap(&self, done: &mut Vec<IoDone>) {
-        done.append(&mut self.finished.lock());
-    }
+fn at(now: u64) -> Duration {
+    TICK * u32::try_from(now).unwrap_or(u32::MAX)
 }

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use kmcl::Guid;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmbus_guest::{ConnectionState, GuestBus, GuestConfig, PostStatus};
 use vmbus_host::{Config, HostBus};
 use vmbus_memory::{GuestMemory, PageAllocator};
+use vsp_storage::block::{Backend as _, TestBackend, TestMedium};
 use vsp_storage::{ControllerConfig, Disk, DiskOptions, ScsiController};
 
 use crate::churn::{ChurnDevice, ChurnUser};
-use crate::disk::{BLOCKS, Medium, SimBackend};
+use crate::disk;
 use crate::gadget::device::{self, Gadget};
 use crate::gadget::driver::{self, GadgetDriver};
 use crate::log::{Log, Way};
@@ -37,7 +39,7 @@ pub struct World {
     steps: u64,
     phase: Phase,
     wires: Arc<Wires>,
-    medium: Arc<Medium>,
+    medium: TestMedium,
     guest: Guest,
     host: Host,
 }
@@ -66,7 +68,7 @@ struct Guest {
 struct Host {
     bus: HostBus,
     tasks: Arc<Tasks>,
-    backend: Arc<SimBackend>,
+    backend: Arc<TestBackend>,
     controller: ScsiController,
     gadget: Gadget,
     churn: ChurnDevice,
@@ -85,7 +87,8 @@ enum Action {
     Withdraws,
     HostProcesses(u32),
     GuestProcesses(u32),
-    Lands(u64),
+    /// Time comes at which something happens on the disk.
+    DiskMoves,
     DiskReports,
     Device(device::Chore),
     Driver(driver::Chore),
@@ -105,7 +108,7 @@ impl World {
         let log = Log::new(Trace::new(plan.traced));
         let memory = GuestMemory::memfd(PAGES * 4096).expect("memory for a guest");
         let wires = Wires::new(memory.clone(), &log, rng.fork());
-        let medium = Medium::new(rng.fork()).expect("memory for a disk");
+        let medium = disk::new_medium(rng.fork());
         let guest = Guest::new(&plan, &log, &wires, &memory, &mut rng);
         let host = Host::new(&plan, &log, &wires, &medium, &mut rng);
         Self { plan, log, rng, now: 0, steps: 0, phase: Phase::Working, wires, medium, guest, host }
@@ -136,6 +139,7 @@ impl World {
         self.now = self.now.max(soonest);
         self.wires.set_now(self.now);
         self.log.set_now(self.now);
+        disk::advance(&self.medium, self.now);
         let now = self.now;
         actions.retain(|(due, _)| *due <= now);
         let (_, action) = actions[self.rng.index(actions.len())];
@@ -158,7 +162,7 @@ impl World {
         let mut arrivals = Vec::new();
         self.wires.arrivals(true, &mut arrivals);
         actions.extend(arrivals.into_iter().map(|(due, it)| (due, Action::Arrives(it))));
-        self.medium.landings(now, |due, id| actions.push((due, Action::Lands(id))));
+        actions.extend(disk::next_at(&self.medium).map(|due| (due, Action::DiskMoves)));
         self.host.actions(now, &mut actions);
         self.guest.actions(now, self.phase, self.bus_is_at_rest(), &mut actions);
         match self.phase {
@@ -194,7 +198,7 @@ impl World {
             Action::GuestProcesses(id) => {
                 self.guest.tasks.run(id);
             }
-            Action::Lands(id) => self.medium.land(id),
+            Action::DiskMoves => {} // it has, with the time
             Action::DiskReports => {
                 for completions in self.host.tasks.completions() {
                     completions.ready();
@@ -300,10 +304,10 @@ impl World {
             }
         }
         let medium = &self.medium;
-        self.guest.storage.judge(|block| medium.block(block));
+        self.guest.storage.judge(|block| disk::block(medium, block));
         Outcome {
             storage: self.guest.storage.ends().clone(),
-            blocks: (0..BLOCKS).map(|block| medium.block(block)).collect(),
+            blocks: (0..disk::BLOCKS).map(|block| disk::block(medium, block)).collect(),
             packets: self.log.ends(),
             violations: self.log.violations(),
         }
@@ -415,13 +419,13 @@ impl Host {
         plan: &Plan,
         log: &Arc<Log>,
         wires: &Arc<Wires>,
-        medium: &Arc<Medium>,
+        medium: &TestMedium,
         rng: &mut Rng,
     ) -> Self {
         let config = Config { newest_version: plan.host_version, ..Config::default() };
         let bus = HostBus::new(wires.new_host_end(), config);
         let tasks = Tasks::new(rng.fork());
-        let backend = SimBackend::new(medium).expect("a descriptor");
+        let backend = medium.backend().expect("a descriptor");
         let mut config = ControllerConfig::new(storage::INSTANCE);
         config.max_sub_channels = plan.sub_channels;
         let controller =
@@ -475,17 +479,24 @@ impl Host {
             actions.push((self.withdrawal_due, Action::Withdraws));
         }
         self.tasks.ready(now, |due, id| actions.push((due, Action::HostProcesses(id))));
-        if self.backend.has_finished() {
+        if is_readable(&self.backend) {
             actions.push((now, Action::DiskReports));
         }
         self.gadget.chores(now, |due, chore| actions.push((due, Action::Device(chore))));
     }
 }
 
+/// Whether the disk has something to say. Asks the system, and does not wait.
+fn is_readable(backend: &TestBackend) -> bool {
+    let Some(fd) = backend.completion_fd() else { return false };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         // What is under way lands, so that nothing waits for it when the devices go.
-        self.medium.land_all();
+        disk::settle(&self.medium);
         self.host.gadget.abandon();
         if let Some(driver) = &self.guest.gadget {
             driver.abandon();
