@@ -72,15 +72,21 @@ pub fn encode<R: Encode>(record: &R, out: &mut [u8]) -> Option<usize> {
     Some(bytes)
 }
 
+/// Kind, version and message of a record that is all of `bytes`; `None` where these are too short for
+/// one. Nothing of it is checked.
+#[must_use]
+pub fn split(bytes: &[u8]) -> Option<(RecordKind, u16, &[u8])> {
+    let (&[a, b, c, d], message) = bytes.split_first_chunk()?;
+    Some((RecordKind(u16::from_le_bytes([a, b])), u16::from_le_bytes([c, d]), message))
+}
+
 /// Reads a record that is all of `bytes`.
 ///
 /// # Errors
 /// [`BareError`].
 pub fn decode<'a, R: Decode<'a>>(bytes: &'a [u8]) -> Result<R, BareError> {
-    let Some((&[a, b, c, d], message)) = bytes.split_first_chunk() else {
-        return Err(BareError::Cut { found: bytes.len() });
-    };
-    let (kind, version) = (RecordKind(u16::from_le_bytes([a, b])), u16::from_le_bytes([c, d]));
+    let split = split(bytes).ok_or(BareError::Cut { found: bytes.len() });
+    let (kind, version, message) = split?;
     if kind != R::KIND.kind {
         return Err(BareError::Kind { found: kind, expected: R::KIND.kind });
     }

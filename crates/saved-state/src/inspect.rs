@@ -1,5 +1,52 @@
 //! A walk through any bytes at all: what of a saved state is there, what of it is damaged, and where.
 //! For tools; a restore uses a [`StreamReader`](crate::StreamReader).
+//!
+//! | | |
+//! |---|---|
+//! | [`inspect_file`] | what a program shows: a file of several streams, or of one |
+//! | [`inspect`] | one stream |
+//! | [`Piece`] | a stretch of the bytes: a header, a record with its [`fields`](SeenRecord::fields), bytes that are none of these, or an end that is missing |
+//! | [`FilePiece`] | which stream a piece belongs to, what the file's list says of it, and whether it is where it should be |
+//! | [`PacketRow`] | a record of a packet in flight, as a row of a table |
+//! | [`Sizes`] | how many records there are of each kind, and their bytes |
+//!
+//! Every byte is in exactly one piece, in order; what is damaged does not hide what comes after it.
+//!
+//! ```
+//! # use saved_state::inspect::{ALL_KINDS, FilePiece, PacketRow, Sizes, What, inspect_file};
+//! # fn show(file: &[u8]) {
+//! let mut sizes = Sizes::default();
+//! for FilePiece { stream, piece, misplaced, .. } in inspect_file(file, ALL_KINDS) {
+//!     match &piece.what {
+//!         What::Header(Some(header)) => println!("stream {stream}: a {}", header.info.stream),
+//!         What::Record(record) => {
+//!             let name = record.name.as_deref().unwrap_or("?");
+//!             println!("  chunk {}: {name}, {} bytes", record.sequence, piece.length);
+//!             for field in record.fields.clone().flatten() {
+//!                 println!("    {} = {}", field.field.map_or("?", |it| it.name), field.value);
+//!             }
+//!             if let Some(row) = PacketRow::of(record) {
+//!                 println!("    {} of {} bytes", row.condition, row.message_bytes);
+//!             }
+//!         }
+//!         What::Header(None) | What::Stray | What::Missing => {}
+//!     }
+//!     if let Some(damage) = &piece.damage {
+//!         println!("  stream {stream}, byte {} of the file: {damage}", piece.offset);
+//!     }
+//!     if let Some(misplaced) = misplaced {
+//!         println!("  {misplaced}");
+//!     }
+//!     sizes.add(&piece);
+//! }
+//! for row in sizes.rows() {
+//!     println!("{} of {}: {} bytes", row.records, row.name, row.bytes);
+//! }
+//! # }
+//! ```
+
+mod file;
+mod rows;
 
 use crate::chunk::{self, CHECKSUM_BYTES, Framed};
 use crate::end::{END, EndRecord};
@@ -11,6 +58,9 @@ use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
 use crate::{channel, contents, storage, transport};
+
+pub use file::{FilePiece, InspectFile, inspect_file};
+pub use rows::{OwnRecord, PacketRow, SizeRow, Sizes};
 
 /// Every kind of record that this crate knows.
 pub const ALL_KINDS: Kinds = &[
@@ -83,16 +133,7 @@ pub struct SeenRecord<'a> {
 /// Work is in proportion to `bytes`, also for bytes made to be searched in vain.
 #[must_use]
 pub fn inspect(bytes: &[u8], kinds: Kinds) -> Inspect<'_> {
-    Inspect {
-        bytes,
-        kinds,
-        at: 0,
-        header: None,
-        place: None,
-        chunks: 0,
-        state: State::Header,
-        search_bytes: SEARCH_FACTOR.saturating_mul(bytes.len()),
-    }
+    Inspect::new(bytes, kinds, Span::Stream)
 }
 
 /// Bytes whose checksum may be computed in vain while the next good chunk is searched for, for each
@@ -108,6 +149,15 @@ enum State {
     Over,
 }
 
+/// How much the bytes may hold.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Span {
+    /// One stream. What comes after it is too much.
+    Stream,
+    /// One stream after the other.
+    File,
+}
+
 /// What the next chunk must look like.
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -120,7 +170,10 @@ struct Place {
 pub struct Inspect<'a> {
     bytes: &'a [u8],
     kinds: Kinds,
+    span: Span,
     at: usize,
+    /// Where the stream begins.
+    start: usize,
     header: Option<Box<StreamHeader>>,
     /// `None` behind a stretch that was no chunk.
     place: Option<Place>,
@@ -140,7 +193,19 @@ impl<'a> Iterator for Inspect<'a> {
                 self.state = State::Chunks;
                 Some(self.header_piece())
             }
-            State::Chunks if !over => Some(self.chunk_piece()),
+            State::Chunks if !over => {
+                if self.begins_stream(self.rest()) {
+                    self.state = State::Ended;
+                    return Some(self.missing_end());
+                }
+                Some(self.chunk_piece())
+            }
+            State::Ended if !over && self.span == Span::File => {
+                self.start = self.at;
+                (self.header, self.place, self.chunks) = (None, None, 0);
+                self.state = State::Chunks;
+                Some(self.header_piece())
+            }
             State::Ended if !over => {
                 self.state = State::Over;
                 let (offset, bytes) = (self.at as u64, self.rest().len() as u64);
@@ -152,8 +217,7 @@ impl<'a> Iterator for Inspect<'a> {
             }
             State::Header | State::Chunks => {
                 self.state = State::Over;
-                let (chunks, bytes) = (self.chunks, self.at as u64);
-                Some(self.piece(0, What::Missing, Some(ReadError::Unfinished { chunks, bytes })))
+                Some(self.missing_end())
             }
             State::Ended | State::Over => None,
         }
@@ -163,6 +227,38 @@ impl<'a> Iterator for Inspect<'a> {
 impl std::iter::FusedIterator for Inspect<'_> {}
 
 impl<'a> Inspect<'a> {
+    fn new(bytes: &'a [u8], kinds: Kinds, span: Span) -> Self {
+        Self {
+            bytes,
+            kinds,
+            span,
+            at: 0,
+            start: 0,
+            header: None,
+            place: None,
+            chunks: 0,
+            state: State::Header,
+            search_bytes: SEARCH_FACTOR.saturating_mul(bytes.len()),
+        }
+    }
+
+    /// Where the next piece is in its stream.
+    fn offset(&self) -> u64 {
+        (self.at - self.start) as u64
+    }
+
+    fn missing_end(&mut self) -> Piece<'a> {
+        let (chunks, bytes) = (self.chunks, self.offset());
+        self.piece(0, What::Missing, Some(ReadError::Unfinished { chunks, bytes }))
+    }
+
+    /// Whether another stream begins there: its header is undamaged.
+    fn begins_stream(&self, bytes: &[u8]) -> bool {
+        self.span == Span::File
+            && bytes.starts_with(&header::MAGIC)
+            && header::check_fixed(bytes).is_ok()
+    }
+
     fn rest(&self) -> &'a [u8] {
         self.bytes.get(self.at..).unwrap_or_default()
     }
@@ -176,7 +272,7 @@ impl<'a> Inspect<'a> {
 
     fn damaged(&self, why: Damage) -> ReadError {
         let chunk = self.place.map_or(self.chunks, |place| place.sequence);
-        ReadError::Damaged { chunk, offset: self.at as u64, why }
+        ReadError::Damaged { chunk, offset: self.offset(), why }
     }
 
     // ---- The first chunk --------------------------------------------------------------------------
@@ -279,7 +375,7 @@ impl<'a> Inspect<'a> {
             Some(info) if version <= info.newest() => {
                 (info.check)(framed.payload).err().map(|why| ReadError::Record {
                     chunk: label.sequence,
-                    offset: self.at as u64,
+                    offset: self.offset(),
                     record: info.name,
                     why,
                 })
@@ -325,7 +421,14 @@ impl<'a> Inspect<'a> {
     /// Whether the input is over, or another chunk begins, `length` bytes from here.
     fn is_boundary(&self, length: usize) -> bool {
         let after = self.rest().get(length..);
-        after.is_some_and(|after| after.is_empty() || after.starts_with(&chunk::MAGIC))
+        after.is_some_and(|after| {
+            after.is_empty() || after.starts_with(&chunk::MAGIC) || self.begins_stream(after)
+        })
+    }
+
+    /// Whether four bytes are the first ones of a chunk, or of a stream where one may follow.
+    fn may_begin(&self, four: &[u8]) -> bool {
+        four == chunk::MAGIC || (self.span == Span::File && header::MAGIC.starts_with(four))
     }
 
     fn spend(&mut self, bytes: usize) -> bool {
@@ -340,11 +443,14 @@ impl<'a> Inspect<'a> {
         let mut from = 1;
         let length = loop {
             let candidates = rest.get(from..).unwrap_or_default().windows(chunk::MAGIC.len());
-            let Some(next) = candidates.enumerate().find(|(_, four)| **four == chunk::MAGIC) else {
+            let Some(next) = candidates.enumerate().find(|(_, four)| self.may_begin(four)) else {
                 break rest.len();
             };
             from += next.0;
             let candidate = rest.get(from..).unwrap_or_default();
+            if self.begins_stream(candidate) {
+                break from;
+            }
             if let Ok((_, whole)) = chunk::measure(candidate) {
                 if !self.spend(whole.len()) {
                     break rest.len();

@@ -1,6 +1,8 @@
 //! The fields of records, as data: what a reader checks before it uses anything, and what a tool
 //! shows of a record whose meaning it does not know.
 
+use std::fmt;
+
 use vmbus_wire::guid::Guid;
 
 use crate::error::{FieldError, FieldProblem};
@@ -169,6 +171,31 @@ pub enum Value<'a> {
     Text(&'a str),
     /// For [`Shape::Guid`].
     Guid(Guid),
+}
+
+/// Bytes that are shown of [`Value::Bytes`].
+const SHOWN_BYTES: usize = 32;
+
+/// For people: a number as digits, text in quotes, bytes in hexadecimal, of many only the first.
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bool(value) => value.fmt(f),
+            Self::Uint32(value) => value.fmt(f),
+            Self::Uint64(value) => value.fmt(f),
+            Self::Enum { name, .. } => f.pad(name),
+            Self::Text(text) => write!(f, "{text:?}"),
+            Self::Guid(guid) => guid.fmt(f),
+            Self::Bytes(bytes) => {
+                bytes.iter().take(SHOWN_BYTES).try_for_each(|byte| write!(f, "{byte:02x}"))?;
+                match bytes.len() {
+                    0 => f.write_str("none"),
+                    len if len > SHOWN_BYTES => write!(f, "… ({len} bytes)"),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
 }
 
 /// One field found in a record.

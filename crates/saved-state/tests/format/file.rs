@@ -55,7 +55,7 @@ fn instance(number: u128) -> StreamInfo {
 }
 
 /// Two channels and a subchannel of the second.
-fn streams() -> [Vec<u8>; 3] {
+pub(crate) fn streams() -> [Vec<u8>; 3] {
     let other = StreamInfo { items: 0, ..instance(2) };
     [save(instance(1), &small_state()), save(instance(2), &small_state()), save(other, &[])]
 }
@@ -76,7 +76,7 @@ pub(crate) fn write(
     Ok((file, written))
 }
 
-fn small_file() -> Vec<u8> {
+pub(crate) fn small_file() -> Vec<u8> {
     let [one, two, three] = streams();
     write(&[("disk", 0, one), ("network", 0, two), ("network, 1", 1, three)]).unwrap().0
 }

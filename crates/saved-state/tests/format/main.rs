@@ -13,6 +13,7 @@ mod damage;
 mod document;
 mod evolution;
 mod file;
+mod file_tools;
 mod golden;
 mod hostile;
 mod memory;
