@@ -57,7 +57,7 @@ use crate::reader::Kinds;
 use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
-use crate::{channel, contents, storage, transport};
+use crate::{bus, channel, contents, storage, transport};
 
 pub use file::{FilePiece, InspectFile, inspect_file};
 pub use rows::{OwnRecord, PacketRow, SizeRow, Sizes};
@@ -71,6 +71,13 @@ pub const ALL_KINDS: Kinds = &[
     channel::ChannelRecord::KIND,
     <channel::OutgoingPacketRecord<'static> as Record>::KIND,
     <channel::IncomingPacketRecord<'static> as Record>::KIND,
+    bus::BusHostRecord::KIND,
+    bus::BusRamRecord::KIND,
+    bus::BusConnectionRecord::KIND,
+    <bus::BusChannelRecord<'static> as Record>::KIND,
+    <bus::BusGpadlRecord<&'static [u8]> as Record>::KIND,
+    bus::BusHvsockRecord::KIND,
+    <bus::BusMessageRecord<'static> as Record>::KIND,
     storage::StorageRecord::KIND,
     storage::DiskIdentityRecord::KIND,
     storage::StorageRequestRecord::KIND,

@@ -20,7 +20,7 @@
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
 //! | [`bare`] | a record without a chunk, for the bytes that a device keeps with a packet |
-//! | [`channel`], [`storage`], [`transport`] | the records themselves, by owner |
+//! | [`channel`], [`bus`], [`storage`], [`transport`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
 //! # A stream there and back
@@ -94,6 +94,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bare;
+pub mod bus;
 pub mod channel;
 mod chunk;
 pub mod contents;

@@ -25,6 +25,9 @@ pub(crate) trait Message {
     fn fixed64(&mut self, number: u32, value: u64);
     fn bytes(&mut self, number: u32, value: &[u8]);
 
+    /// So many bytes that `fill` writes: for what is not one slice where it comes from.
+    fn filled(&mut self, number: u32, len: usize, fill: impl FnOnce(&mut [u8]));
+
     fn bool(&mut self, number: u32, value: bool) {
         self.varint(number, u64::from(value));
     }
@@ -70,7 +73,13 @@ impl Message for Counter {
     #[inline]
     fn bytes(&mut self, number: u32, value: &[u8]) {
         if !value.is_empty() {
-            let len = value.len();
+            self.filled(number, value.len(), |_| ());
+        }
+    }
+
+    #[inline]
+    fn filled(&mut self, number: u32, len: usize, _: impl FnOnce(&mut [u8])) {
+        if len != 0 {
             self.bytes += varint_len(key(number, LENGTH)) + varint_len(len as u64) + len;
         }
     }
@@ -142,6 +151,22 @@ impl Message for Sink<'_> {
             self.put_varint(key(number, LENGTH));
             self.put_varint(value.len() as u64);
             self.put(value);
+        }
+    }
+
+    #[inline]
+    fn filled(&mut self, number: u32, len: usize, fill: impl FnOnce(&mut [u8])) {
+        if len == 0 {
+            return;
+        }
+        self.put_varint(key(number, LENGTH));
+        self.put_varint(len as u64);
+        match std::mem::take(&mut self.room).split_at_mut_checked(len) {
+            Some((head, tail)) => {
+                fill(head);
+                self.room = tail;
+            }
+            None => self.overrun = true,
         }
     }
 }
