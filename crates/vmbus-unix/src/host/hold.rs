@@ -2,8 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use saved_state::FormatVersion;
-use saved_state::text::Producer;
+use kmcl::SaveOptions;
 
 use super::saved::{TransportSave, TransportSaveError};
 use super::session::Hearing;
@@ -77,19 +76,7 @@ impl<'a> HeldHost<'a> {
     ///
     /// # Errors
     /// [`TransportSaveError`]; a guest that does not outlive this process cannot be saved.
-    pub fn save(&self, producer: Producer) -> Result<TransportSave, TransportSaveError> {
-        self.save_as(FormatVersion::NEWEST, producer)
-    }
-
-    /// [`HeldHost::save`] in an older version of the format.
-    ///
-    /// # Errors
-    /// As for [`HeldHost::save`].
-    pub fn save_as(
-        &self,
-        version: FormatVersion,
-        producer: Producer,
-    ) -> Result<TransportSave, TransportSaveError> {
+    pub fn save(&self, options: &SaveOptions) -> Result<TransportSave, TransportSaveError> {
         let guest = match &*self.host.port.session() {
             None => None,
             Some(session) => {
@@ -99,7 +86,7 @@ impl<'a> HeldHost<'a> {
         };
         // Before anybody can have the bytes.
         self.saved.store(true, Ordering::Relaxed);
-        Ok(TransportSave::new(guest.as_ref(), version, producer)?)
+        Ok(TransportSave::new(guest.as_ref(), options)?)
     }
 
     /// The host goes on. Whatever was saved is void from now on, and a guest that is asked to go on

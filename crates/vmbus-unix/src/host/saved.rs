@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
+use kmcl::SaveOptions;
 use rustix::io::Errno;
-use saved_state::text::Producer;
 use saved_state::transport::{
     DOORBELL_BYTES, KINDS, MAX_REGIONS, TransportRecord, TransportRegionRecord,
 };
 use saved_state::{
-    FormatVersion, HeaderFlags, ReadError, Save, SaveStep, Step, StreamInfo, StreamKind,
-    StreamReader, StreamWriter, WriteError,
+    HeaderFlags, ReadError, Save, SaveStep, Step, StreamInfo, StreamKind, StreamReader,
+    StreamWriter, WriteError,
 };
 use vmbus_wire::PAGE_SIZE;
 use vmbus_wire::guid::Guid;
@@ -51,22 +51,11 @@ impl TransportSave {
     /// `None` where there is no guest.
     pub(super) fn new(
         guest: Option<&SavedGuest>,
-        version: FormatVersion,
-        producer: Producer,
+        options: &SaveOptions,
     ) -> Result<Self, WriteError> {
         let (record, regions) = guest.map(to_records).unwrap_or_default();
-        let items = u32::try_from(regions.len()).unwrap_or(u32::MAX); // at most 64
-        let info = StreamInfo {
-            stream: StreamKind::TRANSPORT,
-            flags: HeaderFlags::default(),
-            interface_type: Guid::ZERO,
-            interface_instance: Guid::ZERO,
-            producer,
-            chunks: items.saturating_add(3), // header, connection, end
-            bytes: 0,
-            items,
-        };
-        Ok(Self { writer: StreamWriter::new(version, info, KINDS)?, record, regions })
+        let info = info(options, record.regions);
+        Ok(Self { writer: StreamWriter::new(options.format, info, KINDS)?, record, regions })
     }
 
     /// The next chunk.
@@ -98,6 +87,19 @@ impl Save for TransportSave {
             }
         }
         Ok(SaveStep { written, needed, done: self.writer.is_ended() })
+    }
+}
+
+fn info(options: &SaveOptions, regions: u32) -> StreamInfo {
+    StreamInfo {
+        stream: StreamKind::TRANSPORT,
+        flags: HeaderFlags::default(),
+        interface_type: Guid::ZERO,
+        interface_instance: Guid::ZERO,
+        producer: options.producer,
+        chunks: regions.saturating_add(3), // header, connection, end
+        bytes: 0,
+        items: regions,
     }
 }
 
@@ -302,5 +304,185 @@ fn checked_regions(
 impl From<Errno> for TransportSaveError {
     fn from(error: Errno) -> Self {
         Self::Memory(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use saved_state::FormatVersion;
+    use saved_state::testing::{chunk_ranges, rechain};
+
+    use super::*;
+
+    const REGION: RegionIdentity =
+        RegionIdentity { gpa: 0, len: 0x4000, file_offset: 0, device: 1, inode: 77 };
+
+    fn guest() -> SavedGuest {
+        SavedGuest {
+            connection_id: Guid::from_u128(0x0123_4567_89ab_cdef),
+            epoch: 3,
+            progress: Progress { posts: 10, post_status: 19, messages: 20 },
+            doorbells: BTreeSet::from([1, 8, 15, 2047]),
+            regions: vec![REGION, RegionIdentity { gpa: 0x4000, file_offset: 0x4000, ..REGION }],
+        }
+    }
+
+    fn save(guest: Option<&SavedGuest>) -> TransportSave {
+        TransportSave::new(guest, &SaveOptions::default()).unwrap()
+    }
+
+    fn bytes(mut save: TransportSave) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        save.write_to(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_through_buffers_of_any_size() {
+        let bare = SavedGuest {
+            epoch: u64::MAX,
+            progress: Progress { posts: u64::MAX, post_status: u16::MAX, messages: u64::MAX },
+            doorbells: (1..=2047).collect(),
+            ..guest()
+        };
+        let none = SavedGuest { doorbells: BTreeSet::new(), ..guest() };
+        for guest in [None, Some(guest()), Some(bare), Some(none)] {
+            let whole = bytes(save(guest.as_ref()));
+            assert_eq!(read(&whole), Ok(guest.clone()));
+            for size in [1, 40, 100, 300] {
+                let mut save = save(guest.as_ref());
+                let mut pieces = Vec::new();
+                let mut room = vec![0; size];
+                loop {
+                    let step = save.step(&mut room).unwrap();
+                    pieces.extend_from_slice(&room[..step.written]);
+                    if step.done {
+                        break;
+                    }
+                    room.resize(room.len().max(step.needed), 0);
+                }
+                assert_eq!(pieces, whole, "{size}");
+            }
+        }
+    }
+
+    /// Records that are each what they may be, and together make no sense.
+    #[test]
+    fn each_nonsense_has_its_error() {
+        use TransportReadError::*;
+        type Change = fn(&mut TransportRecord, &mut Vec<TransportRegionRecord>);
+        let nobody = |field| NoGuest { field };
+        let region = |index, gpa, len| Region { index, gpa, len };
+        let table: [(&str, Change, TransportReadError); 17] = [
+            ("no guest, with a name", |c, _| c.guest = false, nobody("a name")),
+            (
+                "no guest, with regions",
+                |c, _| *c = TransportRecord { regions: 2, ..TransportRecord::default() },
+                nobody("regions"),
+            ),
+            (
+                "no guest, with a doorbell",
+                |c, r| {
+                    r.clear();
+                    *c = TransportRecord { doorbells: vec![2], ..TransportRecord::default() };
+                },
+                nobody("doorbells"),
+            ),
+            (
+                "no guest, with posts",
+                |c, r| {
+                    r.clear();
+                    *c = TransportRecord { posts: 2, ..TransportRecord::default() };
+                },
+                nobody("posts"),
+            ),
+            ("no name", |c, _| c.connection_id.clear(), NoName),
+            ("a status", |c, _| c.post_status = 0x1_0000, Status { status: 0x1_0000 }),
+            ("flag 0", |c, _| c.doorbells = vec![1], FlagZero),
+            ("one region fewer", |_, r| r.truncate(1), Regions { found: 1, announced: 2 }),
+            ("one more", |_, r| r.push(r[1].clone()), Regions { found: 3, announced: 2 }),
+            (
+                "none",
+                |c, r| {
+                    c.regions = 0;
+                    r.clear();
+                },
+                Regions { found: 0, announced: 0 },
+            ),
+            ("a claim", |c, _| c.regions = u32::MAX, Regions { found: 2, announced: u32::MAX }),
+            (
+                "too many",
+                |c, r| {
+                    c.regions = 65;
+                    *r = vec![r[0].clone(); 65];
+                },
+                Regions { found: 65, announced: 65 },
+            ),
+            ("half a page", |_, r| r[0].len = 0x4001, region(0, 0, 0x4001)),
+            ("a crooked address", |_, r| r[1].gpa = 0x4001, region(1, 0x4001, 0x4000)),
+            ("a crooked offset", |_, r| r[1].file_offset = 1, region(1, 0x4000, 0x4000)),
+            (
+                "beyond all addresses",
+                |_, r| r[1].gpa = u64::MAX - 0xfff,
+                region(1, u64::MAX - 0xfff, 0x4000),
+            ),
+            ("overlap", |_, r| r[1].gpa = 0x3000, RegionOrder { index: 1, gpa: 0x3000 }),
+        ];
+        for (what, change, expected) in table {
+            let mut save = save(Some(&guest()));
+            save.writer = StreamWriter::new(
+                FormatVersion::NEWEST,
+                StreamInfo { chunks: 0, ..info(&SaveOptions::default(), 0) },
+                KINDS,
+            )
+            .unwrap();
+            change(&mut save.record, &mut save.regions);
+            assert_eq!(read(&bytes(save)), Err(expected), "{what}");
+        }
+    }
+
+    #[test]
+    fn records_in_another_order_or_number_are_refused() {
+        let whole = bytes(save(Some(&guest())));
+        let ranges = chunk_ranges(&whole);
+        let put = |order: &[usize]| {
+            let mut stream: Vec<u8> =
+                order.iter().flat_map(|&chunk| whole[ranges[chunk].clone()].to_vec()).collect();
+            let mut sequence = 0u32;
+            for range in chunk_ranges(&stream).into_iter().skip(1) {
+                sequence += 1;
+                stream[range.start + 8..range.start + 12].copy_from_slice(&sequence.to_le_bytes());
+            }
+            rechain(&mut stream);
+            read(&stream)
+        };
+        assert!(put(&[0, 1, 2, 3, 4]).is_ok());
+        assert_eq!(put(&[0, 2, 1, 3, 4]), Err(TransportReadError::NoConnection));
+        assert_eq!(put(&[0, 1, 1, 2, 4]), Err(TransportReadError::SecondConnection));
+        assert!(matches!(put(&[0, 1, 2, 4]), Err(TransportReadError::Stream(_))));
+    }
+
+    #[test]
+    fn no_damage_goes_unnoticed_or_panics() {
+        let whole = bytes(save(Some(&guest())));
+        for cut in 0..whole.len() {
+            assert!(read(&whole[..cut]).is_err(), "cut at {cut}");
+        }
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut flipped = whole.clone();
+                flipped[at] ^= 1 << bit;
+                assert!(read(&flipped).is_err(), "bit {bit} of byte {at}");
+                // With checksums put right, whatever comes out of it is within the bounds.
+                rechain(&mut flipped);
+                if let Ok(Some(guest)) = read(&flipped) {
+                    assert!(guest.regions.len() <= MAX_REGIONS && !guest.doorbells.contains(&0));
+                }
+            }
+        }
+        let mut doubled = whole.clone();
+        doubled.extend_from_slice(&whole);
+        assert!(matches!(read(&doubled), Err(TransportReadError::Stream(_))));
+        assert_eq!(read(&[]), Err(ReadError::Unfinished { chunks: 0, bytes: 0 }.into()));
     }
 }

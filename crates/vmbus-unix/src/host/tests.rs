@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use kmcl::SaveOptions;
 use saved_state::Save;
-use saved_state::text::Producer;
 use vmbus_guest::ConnectionState;
 
 use super::*;
@@ -58,7 +58,7 @@ impl Place {
 
 fn save(held: &HeldHost<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    held.save(Producer::EMPTY).unwrap().write_to(&mut bytes).unwrap();
+    held.save(&SaveOptions::default()).unwrap().write_to(&mut bytes).unwrap();
     bytes
 }
 
@@ -397,7 +397,7 @@ fn a_guest_that_does_not_outlive_its_host_cannot_be_saved() {
     let guest = place.guest(&host, None);
     assert!(!guest.is_resumable());
     let held = host.hold().unwrap();
-    let error = held.save(Producer::EMPTY).unwrap_err();
+    let error = held.save(&SaveOptions::default()).unwrap_err();
     assert!(matches!(error, TransportSaveError::GuestCannotResume { .. }), "{error}");
     drop(held);
     until_connected(&host, &guest);

@@ -13,17 +13,17 @@ use zerocopy::IntoBytes;
 
 use crate::raw::*;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A socket at a path, and nothing behind it but the test.
-struct Fake {
-    socket: OwnedFd,
+pub(crate) struct Fake {
+    pub(crate) socket: OwnedFd,
     path: PathBuf,
     _directory: tempfile::TempDir,
 }
 
 impl Fake {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vmbus");
         let flags = SocketFlags::CLOEXEC;
@@ -39,11 +39,16 @@ impl Fake {
         timeout: Duration,
         answer: impl FnOnce(&Raw) + Send,
     ) -> (Result<UnixGuest, ConnectError>, Raw) {
+        self.meet_with(GuestOptions { timeout, ..GuestOptions::new(1 << 20) }, answer)
+    }
+
+    pub(crate) fn meet_with(
+        &self,
+        options: GuestOptions,
+        answer: impl FnOnce(&Raw) + Send,
+    ) -> (Result<UnixGuest, ConnectError>, Raw) {
         std::thread::scope(|scope| {
-            let guest = scope.spawn(|| {
-                let options = GuestOptions { timeout, ..GuestOptions::new(1 << 20) };
-                UnixGuest::connect_with(&self.path, options)
-            });
+            let guest = scope.spawn(|| UnixGuest::connect_with(&self.path, options));
             let raw = Raw(accept_with(&self.socket, SocketFlags::CLOEXEC).unwrap());
             answer(&raw);
             (guest.join().unwrap(), raw)
@@ -63,7 +68,7 @@ fn welcome(raw: &Raw, descriptors: &[std::os::fd::BorrowedFd<'_>]) {
 }
 
 /// Why a guest did not come to a connection.
-fn connection_error(result: Result<UnixGuest, ConnectError>) -> ConnectionError {
+pub(crate) fn connection_error(result: Result<UnixGuest, ConnectError>) -> ConnectionError {
     match result.unwrap_err() {
         ConnectError::Connection { source, .. } => source,
         other => panic!("{other}"),

@@ -15,4 +15,5 @@ mod floods;
 mod greetings;
 mod hosts;
 mod raw;
+mod returns;
 mod sessions;
