@@ -36,6 +36,7 @@ pub(crate) enum Command {
     /// Work with a disk that a server serves
     #[command(subcommand, after_help = Exit::table())]
     Disk(Disk),
+    Inspect(Inspect),
     Completions(Completions),
     Man(Man),
 }
@@ -179,6 +180,23 @@ impl std::str::FromStr for DiskSpec {
         }
         Ok(spec)
     }
+}
+
+/// Explain a saved state: what it is of, what was in flight, what of it is damaged
+///
+/// Shows everything that is undamaged, also before and after what is not, and fails if anything is.
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Inspect {
+    /// The file that holds the saved state
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Check every checksum and every field, and say so in one line
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Show every packet and every record, not only the first few
+    #[arg(long, conflicts_with = "verify")]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -3,6 +3,7 @@
 mod completions;
 mod demo;
 mod disk;
+mod inspect;
 mod man;
 mod serve;
 
@@ -20,6 +21,7 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
         Command::Man(arguments) => man::run(&arguments, output),
         Command::Demo(arguments) => demo::run(&arguments, output),
         Command::Disk(command) => disk::run(command, output),
+        Command::Inspect(arguments) => inspect::run(&arguments, output),
         Command::Serve(arguments) => serve::run(&arguments, output),
     }
 }

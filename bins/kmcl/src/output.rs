@@ -63,6 +63,19 @@ impl Output {
         write_out(format_args!("{}", report.table().render(self.stdout_is_terminal)))
     }
 
+    /// Writes one line of JSON with `--json`, and otherwise the text that `text` makes, which it does
+    /// with rules around tables if told so.
+    pub(crate) fn document(
+        &self,
+        value: &impl Serialize,
+        text: impl FnOnce(bool) -> String,
+    ) -> Result<()> {
+        if self.json {
+            return self.json_line(value);
+        }
+        write_out(format_args!("{}", text(self.stdout_is_terminal)))
+    }
+
     /// Writes one line of JSON with `--json`, and otherwise `line`: for what is said before the end.
     pub(crate) fn announce(&self, event: &impl Serialize, line: &str) -> Result<()> {
         if self.json { self.json_line(event) } else { write_out(format_args!("{line}\n")) }
@@ -145,6 +158,8 @@ pub(crate) fn stdout_failure(error: io::Error) -> Failure {
 pub(crate) struct Table {
     heading: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    /// Columns with numbers, which end where the column does.
+    right: Vec<usize>,
 }
 
 impl Table {
@@ -155,7 +170,12 @@ impl Table {
 
     /// A table with a heading for each column.
     pub(crate) fn with_heading(heading: &[&'static str]) -> Self {
-        Self { heading: heading.to_vec(), rows: Vec::new() }
+        Self { heading: heading.to_vec(), ..Self::default() }
+    }
+
+    /// The same, with the cells of these columns moved to the right.
+    pub(crate) fn right(self, columns: &[usize]) -> Self {
+        Self { right: columns.to_vec(), ..self }
     }
 
     /// Adds the row `name`, `value`.
@@ -170,7 +190,7 @@ impl Table {
     }
 
     /// The table as text; with rules around it on a terminal.
-    fn render(&self, rules: bool) -> String {
+    pub(crate) fn render(&self, rules: bool) -> String {
         let heading: Vec<String> = self.heading.iter().map(|cell| (*cell).to_owned()).collect();
         let lines = || std::iter::once(&heading).filter(|h| !h.is_empty()).chain(&self.rows);
         let columns = lines().map(Vec::len).max().unwrap_or(0);
@@ -189,8 +209,12 @@ impl Table {
         push_rule(&mut text);
         for (index, row) in lines().enumerate() {
             let mut line = String::new();
-            for (cell, width) in row.iter().zip(&widths) {
-                line.push_str(&format!("{cell:<width$}  "));
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                if self.right.contains(&column) {
+                    line.push_str(&format!("{cell:>width$}  "));
+                } else {
+                    line.push_str(&format!("{cell:<width$}  "));
+                }
             }
             text.push_str(line.trim_end());
             text.push('\n');
@@ -229,6 +253,9 @@ mod tests {
         assert_eq!(ruled.lines().next().unwrap().chars().count(), 13);
         assert_eq!(Table::pairs().pair("a", 1).pair("bcd", 2).render(false), "a    1\nbcd  2\n");
         assert_eq!(Table::pairs().render(false), "");
+        let table = Table::with_heading(&["LUN", "size"]).right(&[0]);
+        let table = Table { rows: vec![vec!["0".into(), "1 B".into()]], ..table };
+        assert_eq!(table.render(false), "LUN  size\n  0  1 B\n");
     }
 
     #[test]
