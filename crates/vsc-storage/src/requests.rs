@@ -236,6 +236,7 @@ impl Requests {
     }
 
     /// Sends `message` in `packet`, with `span` of the buffer (offset and bytes) where there is one.
+    #[expect(clippy::result_large_err, reason = "hands what is pending and its buffer back")]
     fn launch(
         &mut self,
         batch: &mut Batch<'_>,
