@@ -210,7 +210,10 @@ impl UnixHost {
         };
         watch(listener.as_fd(), LISTENER)?;
         watch(timer.as_fd(), TIMER)?;
-        watch(port.event_port.as_fd(), EVENT_PORT)?;
+        // Signals of a guest that is not heard yet are kept for when it is.
+        if !matches!(stage, Stage::Restoring { .. }) {
+            watch(port.event_port.as_fd(), EVENT_PORT)?;
+        }
         let driver = Driver { listener: Some(listener), door: Door::new(timer), stage };
         let (path, driver, events) = (path.to_owned(), Mutex::new(driver), Mutex::default());
         Ok(Self { path, bus, port, options, driver, events })

@@ -9,7 +9,8 @@ use vmbus_wire::guid::Guid;
 
 use super::session::{Hearing, Resumable, Session};
 use super::{
-    Driver, FIRST_PEER, HostEvent, LISTENER, MAX_HANDSHAKES, Peer, Stage, TIMER, UnixHost,
+    Driver, EVENT_PORT, FIRST_PEER, HostEvent, LISTENER, MAX_HANDSHAKES, Peer, Stage, TIMER,
+    UnixHost,
 };
 use crate::epoch::Epoch;
 use crate::error::{ConnectionError, Reason};
@@ -125,7 +126,12 @@ impl UnixHost {
         }
     }
 
-    pub(super) fn set_watched(&self, fd: BorrowedFd<'_>, token: u64, interest: Option<Interest>) {
+    pub(super) fn watch_event_port(&self, read: bool) {
+        let interest = read.then_some(Interest::READ);
+        self.set_watched(self.port.event_port.as_fd(), EVENT_PORT, interest);
+    }
+
+    fn set_watched(&self, fd: BorrowedFd<'_>, token: u64, interest: Option<Interest>) {
         match interest {
             None => self.port.poller.remove(fd),
             Some(interest) => {

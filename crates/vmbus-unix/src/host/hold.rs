@@ -6,9 +6,8 @@ use kmcl::SaveOptions;
 
 use super::saved::{TransportSave, TransportSaveError};
 use super::session::Hearing;
-use super::{EVENT_PORT, Stage, UnixHost, accept, lock};
+use super::{Stage, UnixHost, accept, lock};
 use crate::error::{ConnectionError, Reason};
-use crate::poller::Interest;
 
 /// A [`UnixHost`] that takes nothing from its guest and gives it nothing: no frame, no message, no
 /// answer. What the devices want to say waits; their channels are frozen by their owners. The host's
@@ -49,6 +48,10 @@ impl UnixHost {
     /// [`HoldError`].
     pub fn hold(&self) -> Result<HeldHost<'_>, HoldError> {
         let mut driver = lock(&self.driver);
+        // A guest that is gone already is not one to be saved.
+        if self.port.session().as_ref().is_some_and(|session| session.link.is_hung_up()) {
+            self.lost(&driver, ConnectionError::Closed);
+        }
         match driver.stage {
             Stage::Serving => driver.stage = Stage::Held,
             Stage::Held => return Err(HoldError::Held),
@@ -56,7 +59,7 @@ impl UnixHost {
             Stage::Gone => return Err(HoldError::Gone),
         }
         self.set_door_held(&driver, true);
-        self.port.poller.remove(&self.port.event_port);
+        self.watch_event_port(false);
         if let Some(session) = &mut *self.port.session() {
             session.set_hearing(&self.port.poller, Hearing::Held);
         }
@@ -124,11 +127,7 @@ impl<'a> HeldHost<'a> {
         }
         driver.stage = Stage::Serving;
         host.set_door_held(&driver, false);
-        host.set_watched(
-            std::os::fd::AsFd::as_fd(&host.port.event_port),
-            EVENT_PORT,
-            Some(Interest::READ),
-        );
+        host.watch_event_port(true);
         drop(driver);
         host.bus.messages_drained();
     }

@@ -145,6 +145,7 @@ impl RestoringHost {
             return Err(error);
         }
         driver.stage = Stage::Serving;
+        host.watch_event_port(true);
         if let Some(session) = &mut *host.port.session() {
             session.set_hearing(&host.port.poller, Hearing::Normal);
             session.ring_all();

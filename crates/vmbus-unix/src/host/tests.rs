@@ -247,6 +247,30 @@ fn a_held_host_is_quiet_until_it_is_released() {
     assert!(events.iter().all(|event| matches!(event, GuestEvent::Bus(_))), "{events:?}");
 }
 
+/// Nothing that happens meanwhile keeps whoever drives it busy, and nothing is forgotten.
+#[test]
+fn a_held_host_sleeps_whatever_happens() {
+    let place = Place::new();
+    let host = place.host();
+    let guest = place.guest(&host, Some(PATIENCE));
+    until_connected(&host, &guest);
+    let held = host.hold().unwrap();
+    let late = crate::listener::new_socket().unwrap();
+    rustix::net::connect(&late, &crate::listener::address(&place.path).unwrap()).unwrap();
+    drop(guest);
+    assert!(!host.wait(Some(Duration::ZERO)).unwrap());
+    assert!(host.guest().is_some());
+    held.release();
+    settle_host(&host);
+    assert!(host.guest().is_none());
+    // A guest that is gone by then is not saved.
+    let guest = place.guest(&host, Some(PATIENCE));
+    drop(guest);
+    let held = host.hold().unwrap();
+    assert!(host.guest().is_none());
+    assert!(save(&held).len() < 300);
+}
+
 /// A state is of one moment: as soon as its host has gone on, no guest goes on with it.
 #[test]
 fn a_state_whose_host_has_gone_on_is_refused() {
