@@ -50,6 +50,10 @@ impl ChurnDevice {
         Ok(Self { channel })
     }
 
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
     /// Makes the offer.
     pub(crate) fn offer(&self) -> Result<(), kmcl::Error> {
         self.channel.enable()?;
@@ -106,8 +110,8 @@ enum Described {
     TearingDown,
 }
 
-/// Rings by nobody: the channel carries nothing.
-struct Silent;
+/// Rung by nobody: the channel carries nothing.
+pub(crate) struct Silent;
 
 impl Doorbell for Silent {
     fn ring(&self) {}

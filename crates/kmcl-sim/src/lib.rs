@@ -17,12 +17,15 @@
 //! | module | what it is |
 //! |---|---|
 //! | `world` | the steps, and who takes them |
+//! | `guest`, `host` | the two machines |
+//! | `moves` | the host is saved, and goes on, here or in another one |
 //! | `plan`, `outcome` | what there is to do, and what became of it |
 //! | `wires` | messages and signals on their way |
 //! | `tasks` | channels that are driven |
 //! | `disk`, `storage` | the disk and its user, judged by `vsc_storage::ledger` |
 //! | `gadget` | a device that sends packets itself, and its driver |
 //! | `churn` | a channel that is opened, closed, moved and withdrawn all the time |
+//! | `sockets` | requests for socket connections, refused late |
 //! | `log` | the bystander who counts every packet |
 //! | `rng`, `trace` | chance, and what it led to |
 //!
@@ -40,10 +43,14 @@
 mod churn;
 mod disk;
 mod gadget;
+mod guest;
+mod host;
 mod log;
+mod moves;
 mod outcome;
 mod plan;
 mod rng;
+mod sockets;
 mod storage;
 mod tasks;
 mod trace;
@@ -51,6 +58,7 @@ mod wires;
 mod world;
 
 pub use log::Ends;
+pub use moves::SavedWorld;
 pub use outcome::Outcome;
 pub use plan::Plan;
 pub use rng::Rng;

@@ -24,7 +24,11 @@ struct Inner {
     events: Stream,
     /// How often the device did what a packet asked for.
     executed: BTreeMap<u64, u32>,
+    /// Handed over to the channel, and not back yet.
+    handed_over: BTreeSet<u64>,
     deferred: BTreeSet<u64>,
+    /// The device's channel is frozen.
+    is_frozen: bool,
 }
 
 /// The packets of one direction, numbered from 1 in the order in which they are sent.
@@ -75,6 +79,10 @@ impl Log {
         inner.trace.line(inner.now, what);
     }
 
+    pub(crate) fn set_frozen(&self, is_frozen: bool) {
+        self.lock().is_frozen = is_frozen;
+    }
+
     /// Something that must not be.
     pub(crate) fn violation(&self, what: fmt::Arguments<'_>) {
         self.lock().violation(what);
@@ -119,6 +127,12 @@ impl Log {
         let inner = &mut *self.lock();
         inner.trace.line(inner.now, format_args!("{way:?} {number} delivered"));
         if way == Way::Work {
+            if let Some(&waiting) = inner.handed_over.first() {
+                inner.violation(format_args!("work {number} overtakes {waiting}, handed over"));
+            }
+            if inner.is_frozen {
+                inner.violation(format_args!("work {number} delivered to a frozen device"));
+            }
             if inner.deferred.remove(&number) {
                 return;
             }
@@ -151,6 +165,27 @@ impl Log {
             let times = *times;
             inner.violation(format_args!("work {number} executed {times} times"));
         }
+    }
+
+    /// The device hands a packet over to its channel.
+    pub(crate) fn handed_over(&self, number: u64) {
+        let inner = &mut *self.lock();
+        inner.trace.line(inner.now, format_args!("Work {number} handed over"));
+        inner.handed_over.insert(number);
+    }
+
+    /// A packet that was handed over comes back.
+    pub(crate) fn resumed(&self, number: u64) {
+        let inner = &mut *self.lock();
+        inner.trace.line(inner.now, format_args!("Work {number} resumed"));
+        if inner.is_frozen {
+            inner.violation(format_args!("work {number} resumed by a frozen device"));
+        }
+        let first = inner.handed_over.first().copied();
+        if first != Some(number) {
+            inner.violation(format_args!("work {number} resumed, not {first:?}"));
+        }
+        inner.handed_over.remove(&number);
     }
 
     /// The sender hears of the end of a packet.

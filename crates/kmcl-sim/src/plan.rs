@@ -30,6 +30,8 @@ pub struct Plan {
     pub churn: u32,
     /// How often that channel's offer is withdrawn or made again.
     pub withdrawals: u32,
+    /// Requests for socket connections.
+    pub sockets: u32,
     /// The trace is kept.
     pub traced: bool,
 }
@@ -61,6 +63,7 @@ impl Plan {
             events: 24,
             churn: 12,
             withdrawals: 2,
+            sockets: 3,
             traced: false,
         }
     }
@@ -74,6 +77,7 @@ impl Plan {
             events: 2,
             churn: 40,
             withdrawals: 6,
+            sockets: 10,
             ..Self::small(seed)
         }
     }

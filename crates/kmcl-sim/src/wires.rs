@@ -35,8 +35,10 @@ pub(crate) struct Wires {
 struct Inner {
     rng: Rng,
     now: u64,
-    /// Counts hosts: what a former one does has no effect.
-    generation: u64,
+    /// Ends made for hosts.
+    ends: u64,
+    /// The number of the present host's end: what others do has no effect.
+    host: u64,
     post: Option<Post>,
     /// When the guest posts again what was refused.
     retry: Option<u64>,
@@ -86,7 +88,8 @@ impl Wires {
             inner: Mutex::new(Inner {
                 rng,
                 now: 0,
-                generation: 0,
+                ends: 0,
+                host: 0,
                 post: None,
                 retry: None,
                 slots: BTreeMap::new(),
@@ -111,11 +114,29 @@ impl Wires {
         let _only_once = self.guest.set(guest.clone());
     }
 
-    /// A host's end; that of the former host is cut.
-    pub(crate) fn new_host_end(self: &Arc<Self>) -> Arc<dyn GuestPort> {
+    /// An end for a host. It has no effect before [`Wires::take_over`].
+    pub(crate) fn new_host_end(self: &Arc<Self>) -> Arc<HostEnd> {
         let mut inner = self.lock();
-        inner.generation += 1;
-        Arc::new(HostEnd { wires: Arc::downgrade(self), generation: inner.generation })
+        inner.ends += 1;
+        Arc::new(HostEnd { wires: Arc::downgrade(self), number: inner.ends })
+    }
+
+    /// From now on this end is the host's.
+    pub(crate) fn take_over(&self, end: &HostEnd) {
+        let mut inner = self.lock();
+        inner.host = end.number;
+        for slot in inner.slots.values_mut() {
+            slot.refused = false; // that was another host
+        }
+    }
+
+    /// From now on no end is the host's: nothing that it does has an effect any more. Signals on their
+    /// way are lost: one that was given before a save need not come after it.
+    pub(crate) fn cut_host(&self) {
+        let mut inner = self.lock();
+        inner.host = 0;
+        inner.to_host.clear();
+        inner.to_guest.clear();
     }
 
     pub(crate) fn set_now(&self, now: u64) {
@@ -192,9 +213,9 @@ impl Wires {
         inner.to_host.entry(connection_id).or_insert(due);
     }
 
-    fn signal_guest(&self, generation: u64, flag: Flag) {
+    fn signal_guest(&self, end: u64, flag: Flag) {
         let inner = &mut *self.lock();
-        if inner.generation == generation {
+        if inner.host == end {
             let due = inner.now + inner.rng.delay();
             inner.to_guest.entry(flag).or_insert(due);
         }
@@ -270,9 +291,10 @@ impl Signal for ToHost {
     }
 }
 
-struct HostEnd {
+/// A host's end.
+pub(crate) struct HostEnd {
     wires: Weak<Wires>,
-    generation: u64,
+    number: u64,
 }
 
 impl GuestPort for HostEnd {
@@ -287,7 +309,7 @@ impl GuestPort for HostEnd {
     fn post_message(&self, slot: SlotId, message: &[u8]) -> vmbus_host::Posted {
         let Some(wires) = self.wires.upgrade() else { return vmbus_host::Posted::Taken };
         let mut inner = wires.lock();
-        if inner.generation != self.generation {
+        if inner.host != self.number {
             return vmbus_host::Posted::Taken;
         }
         if inner.direct.is_some() {
@@ -307,8 +329,8 @@ impl GuestPort for HostEnd {
     }
 
     fn event_flag(&self, vp: u32, sint: u8, flag: u16) -> io::Result<Arc<dyn Signal>> {
-        let (wires, generation) = (self.wires.clone(), self.generation);
-        Ok(Arc::new(ToGuest { wires, generation, flag: (vp, sint, flag) }))
+        let (wires, end) = (self.wires.clone(), self.number);
+        Ok(Arc::new(ToGuest { wires, end, flag: (vp, sint, flag) }))
     }
 
     /// Every signal goes through [`HostBus::guest_signal`].
@@ -321,14 +343,14 @@ impl GuestPort for HostEnd {
 
 struct ToGuest {
     wires: Weak<Wires>,
-    generation: u64,
+    end: u64,
     flag: Flag,
 }
 
 impl Signal for ToGuest {
     fn signal(&self) {
         if let Some(wires) = self.wires.upgrade() {
-            wires.signal_guest(self.generation, self.flag);
+            wires.signal_guest(self.end, self.flag);
         }
     }
 }

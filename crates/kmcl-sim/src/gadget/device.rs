@@ -1,10 +1,11 @@
 //! The host's end of the second device.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kmcl::{
-    Channel, ExternalDataFlags, GpadlFlags, GpadlMapping, IncomingPacket, Level, NtStatus, Packet,
-    PacketCompletion, ProcessPacket, SendFlags, Side, StateChange,
+    Channel, ExternalDataFlags, Fence, GpadlFlags, GpadlMapping, IncomingPacket, Level, NtStatus,
+    Packet, PacketCompletion, ProcessPacket, ResumedPacket, SaveRestorePacket, SendFlags, Side,
+    StateChange,
 };
 use vmbus_host::HostBus;
 use zerocopy::IntoBytes;
@@ -24,6 +25,7 @@ pub(crate) struct Gadget {
 }
 
 struct Device {
+    myself: Weak<Self>,
     log: Arc<Log>,
     inner: Mutex<Inner>,
 }
@@ -35,6 +37,9 @@ struct Inner {
     /// Events still to be sent.
     events_left: u64,
     mapped: Option<Mapped>,
+    is_frozen: bool,
+    /// Its channel is being restored.
+    is_restoring: bool,
 }
 
 /// The guest's counters.
@@ -62,7 +67,8 @@ impl Gadget {
         events: u64,
         rng: Rng,
     ) -> Result<Self, kmcl::Error> {
-        let device = Arc::new(Device {
+        let device = Arc::new_cyclic(|myself| Device {
+            myself: myself.clone(),
             log: Arc::clone(log),
             inner: Mutex::new(Inner {
                 rng,
@@ -70,6 +76,8 @@ impl Gadget {
                 held: Vec::new(),
                 events_left: events,
                 mapped: None,
+                is_frozen: false,
+                is_restoring: false,
             }),
         });
         let channel = Channel::allocate(Side::Server, Arc::new(bus.clone()));
@@ -80,6 +88,7 @@ impl Gadget {
         channel.init_set_maximum_external_data(4096, 1)?;
         channel.init_set_process_packet_callbacks(Arc::clone(&device) as _)?;
         channel.init_set_state_change_callbacks(Arc::clone(&device) as _)?;
+        channel.server_init_set_save_restore_packet_callbacks(Arc::clone(&device) as _)?;
         channel.server_init_set_target_interface_id(wire::INTERFACE, wire::INSTANCE)?;
         tasks.add(&channel);
         Ok(Self { channel, device })
@@ -90,6 +99,34 @@ impl Gadget {
         self.channel.enable()?;
         self.channel.start();
         Ok(())
+    }
+
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Its channel is being restored, or is so no more.
+    pub(crate) fn set_restoring(&self, is_restoring: bool) {
+        self.device.lock().is_restoring = is_restoring;
+    }
+
+    /// What the device keeps apart from its channel and packets.
+    pub(crate) fn state(&self) -> DeviceState {
+        let inner = self.device.lock();
+        DeviceState {
+            events_left: inner.events_left,
+            mapped: inner.mapped.as_ref().map(|mapped| (mapped.gpadl, mapped.since)),
+        }
+    }
+
+    /// Makes the device what one was that was saved. Its channel is open, or not offered.
+    pub(crate) fn set_state(&self, state: &DeviceState) {
+        self.device.lock().events_left = state.events_left;
+        if let Some((gpadl, since)) = state.mapped
+            && self.channel.state().is_open()
+        {
+            self.device.map(&self.channel, gpadl, since);
+        }
     }
 
     /// What the device can do by itself, and when.
@@ -126,8 +163,12 @@ impl Gadget {
                 let mut inner = self.device.lock();
                 let at = inner.held.iter().position(|held| held.number == number);
                 let Some(held) = at.map(|at| inner.held.swap_remove(at)) else { return };
+                let settles = inner.is_frozen && !inner.rng.once_in(3);
                 drop(inner);
-                self.device.finish(held);
+                match settles {
+                    true => self.device.hand_over(held),
+                    false => self.device.finish(held),
+                }
             }
             Chore::Send => self.send(),
         }
@@ -146,6 +187,14 @@ impl Gadget {
             self.device.log.violation(format_args!("event {number} refused: {}", refused.error));
         }
     }
+}
+
+/// What the device keeps apart from its channel and packets.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct DeviceState {
+    events_left: u64,
+    /// The counters' GPADL, and the packet that asked for it.
+    mapped: Option<(u32, u64)>,
 }
 
 /// Something that the device does by itself.
@@ -195,6 +244,18 @@ impl Device {
             self.execute(held.number, &held.packet);
         }
         held.packet.complete(Answer::to(held.number).as_bytes());
+    }
+
+    /// Gives a packet to its frozen channel, with what there is to know of it.
+    fn hand_over(&self, held: Held) {
+        let Held { number, packet, executed, .. } = held;
+        self.log.handed_over(number);
+        // What was executed has no more to come; the rest was not begun.
+        let fenced = if executed { packet.cancelled() } else { packet.never_started() };
+        if let Err(refused) = fenced.hand_over(&[u8::from(executed)]) {
+            self.log.violation(format_args!("work {number} not handed over: {}", refused.why));
+            refused.packet.complete(Answer::to(number).as_bytes());
+        }
     }
 
     fn hold(&self, number: u64, packet: IncomingPacket, executed: bool, long: bool) {
@@ -249,6 +310,34 @@ impl ProcessPacket for Device {
             }
         }
     }
+
+    fn resume_packet(&self, _channel: &Channel, resumed: ResumedPacket) {
+        let number = Message::parse(resumed.packet().payload()).map_or(0, |it| it.number.get());
+        self.log.resumed(number);
+        let executed = resumed.device_state() == [1];
+        let expected = if executed { Fence::Cancelled } else { Fence::NeverStarted };
+        if resumed.fence() != expected || resumed.device_state().len() != 1 {
+            let (fence, state) = (resumed.fence(), resumed.device_state());
+            self.log.violation(format_args!("work {number} resumed as {fence:?}, {state:x?}"));
+        }
+        self.hold(number, resumed.into_packet(), executed, false);
+    }
+
+    /// Settles some packets at once, and leaves the others for later.
+    fn freeze(&self, _channel: &Channel) {
+        self.log.set_frozen(true);
+        let inner = &mut *self.lock();
+        inner.is_frozen = true;
+        let (now, rng) = (inner.now, &mut inner.rng);
+        for held in &mut inner.held {
+            held.due = now + if rng.once_in(2) { 0 } else { rng.delay() };
+        }
+    }
+
+    fn thaw(&self, _channel: &Channel) {
+        self.log.set_frozen(false);
+        self.lock().is_frozen = false;
+    }
 }
 
 impl StateChange for Device {
@@ -267,11 +356,51 @@ impl StateChange for Device {
 
 impl PacketCompletion for Device {
     fn completed(&self, packet: Packet, status: NtStatus, payload: &[u8]) {
-        let number = packet.pointer() as u64;
+        if status == NtStatus::CANCELLED && self.lock().is_restoring {
+            return; // the restore has failed: the packet is the other host's again
+        }
+        let mut number = packet.pointer() as u64;
+        if number == 0 {
+            // One that came back without a state of ours.
+            number = Answer::parse(payload).unwrap_or(0);
+        }
         self.log.ended(Way::Event, number, status);
         let wanted = !number.is_multiple_of(5);
         if status == NtStatus::SUCCESS && wanted && Answer::parse(payload) != Some(number) {
             self.log.violation(format_args!("event {number} ended with {payload:02x?}"));
         }
+    }
+}
+
+impl SaveRestorePacket for Device {
+    /// Of every third event that has an answer nothing is kept: the answer says which it was.
+    fn state_size(&self, _channel: &Channel, packet: &Packet) -> Result<u32, NtStatus> {
+        let number = packet.pointer();
+        Ok(if number.is_multiple_of(3) && !number.is_multiple_of(5) { 0 } else { 8 })
+    }
+
+    fn save_packet(
+        &self,
+        _channel: &Channel,
+        packet: &Packet,
+        buffer: &mut [u8],
+    ) -> Result<u32, NtStatus> {
+        let number = (packet.pointer() as u64).to_le_bytes();
+        let room = buffer.get_mut(..number.len()).ok_or(NtStatus::BUFFER_TOO_SMALL)?;
+        room.copy_from_slice(&number);
+        Ok(8)
+    }
+
+    fn restore_packet(
+        &self,
+        channel: &Channel,
+        library_state: &[u8],
+        own_state: &[u8],
+    ) -> Result<(), NtStatus> {
+        let mut packet = channel.packet_allocate().ok_or(NtStatus::INSUFFICIENT_RESOURCES)?;
+        let number = own_state.first_chunk().copied().map_or(0, u64::from_le_bytes);
+        packet.set_pointer(usize::try_from(number).unwrap_or(0));
+        packet.set_completion_routine(self.myself.upgrade().ok_or(NtStatus::UNSUCCESSFUL)? as _);
+        packet.restore(library_state).map_err(|refused| refused.error.status())
     }
 }

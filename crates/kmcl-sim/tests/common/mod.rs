@@ -1,5 +1,7 @@
 //! Seeds, and how a failing one is told and run again.
 
+use kmcl_sim::{Outcome, World};
+
 /// A seed that is printed when the test fails under it.
 pub(crate) struct Seed(u64);
 
@@ -25,4 +27,9 @@ pub(crate) fn seeds(count: u64) -> impl Iterator<Item = Seed> {
         None => 1..1 + count * number("KMCL_SIM_SEEDS").unwrap_or(1),
     };
     range.map(Seed)
+}
+
+/// Runs a world to its end.
+pub(crate) fn finish(mut world: World) -> Outcome {
+    world.finish()
 }
