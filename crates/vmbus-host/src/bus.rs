@@ -5,15 +5,24 @@
 //! What a step wants done waits in a queue; the thread that finds nobody at work performs it, in
 //! order, until nothing is left; others leave their share to it and return. A channel's signal has a
 //! lock of its own, taken last, under which only the port's signal is called.
+//!
+//! A bus that is *held* does nothing of its own accord: no message is taken from the guest or given to
+//! it, and no effect is performed. Devices are heard all the same, so that none of them has to wait. That
+//! is the condition in which it is saved ([`held`]), and in which one that is restored waits for its
+//! devices and its guest ([`restoring`]).
+
+mod held;
+mod restoring;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use kmcl::bus::{
     Bus, BusEvent, ClientLink, Doorbell, Endpoint, Offer, OpenRings, ServerLink, Target,
 };
-use vmbus_memory::{GuestMemory, MappingBudget, RingPages};
+use vmbus_memory::{GuestMemory, MappingBudget, MemoryError, RingPages};
 use vmbus_wire::status::NtStatus;
 
 use crate::channel::OpenState;
@@ -31,6 +40,11 @@ use crate::refused::LogGate;
 use crate::shape::GuestShape;
 use crate::signal::{self, ChannelSignal};
 
+use restoring::Restoring;
+
+pub use held::{BusSave, HeldBus};
+pub use restoring::{ChangedOffer, FinishRestoreError, OffersDiffer};
+
 /// The VMBus of one guest, seen from the host. A clone is another handle to it.
 ///
 /// Devices use it as a [`Bus`]; a transport brings it what comes from the guest, as [`GuestPort`]
@@ -45,10 +59,14 @@ struct Shared {
     port: Arc<dyn GuestPort>,
     budget: MappingBudget,
     inner: Mutex<Inner>,
+    /// Told when no thread is at work any more.
+    idle: Condvar,
 }
 
 struct Inner {
-    host: Host,
+    /// Shared with saves that are under way, for which it stays as it was: a step that comes meanwhile
+    /// makes a copy.
+    host: Arc<Host>,
     memory: Option<GuestMemory>,
     /// The devices whose offers have a link.
     devices: BTreeMap<OfferId, Arc<Endpoint>>,
@@ -57,8 +75,14 @@ struct Inner {
     hvsock: Option<Arc<dyn HvsockHandler>>,
     /// What steps want done, oldest first.
     effects: VecDeque<Effect>,
-    /// A thread is at work on `effects` and messages.
-    working: bool,
+    /// The thread at work on `effects` and messages.
+    worker: Option<ThreadId>,
+    /// Who wants the bus to stand still: each [`HeldBus`], and a restore.
+    holds: usize,
+    /// The guest goes on elsewhere.
+    moved_away: bool,
+    /// Until the restore is finished.
+    restoring: Option<Restoring>,
     /// Slots found full since the guest last emptied one.
     full: Vec<SlotId>,
     /// How often the guest has emptied slots.
@@ -66,10 +90,44 @@ struct Inner {
     refused: LogGate,
 }
 
+#[derive(Clone)]
 struct Active {
     signal: Arc<ChannelSignal>,
     connection_id: u32,
     doorbell: Arc<dyn Doorbell>,
+}
+
+impl Inner {
+    fn new(host: Host, memory: Option<GuestMemory>) -> Self {
+        Self {
+            host: Arc::new(host),
+            memory,
+            devices: BTreeMap::new(),
+            active: BTreeMap::new(),
+            hvsock: None,
+            effects: VecDeque::new(),
+            worker: None,
+            holds: 0,
+            moved_away: false,
+            restoring: None,
+            full: Vec::new(),
+            drained: 0,
+            refused: LogGate::default(),
+        }
+    }
+
+    /// Whether the bus does nothing of its own accord.
+    fn stands_still(&self) -> bool {
+        self.holds != 0 || self.moved_away
+    }
+
+    /// One step of the state machine. What it wants done waits.
+    fn step<R>(&mut self, step: impl FnOnce(&mut Host, &mut Vec<Effect>) -> R) -> R {
+        let mut effects = Vec::new();
+        let result = step(Arc::make_mut(&mut self.host), &mut effects);
+        self.effects.extend(effects);
+        result
+    }
 }
 
 impl HostBus {
@@ -84,35 +142,28 @@ impl HostBus {
     pub fn with_budget(port: Arc<dyn GuestPort>, config: Config, budget: MappingBudget) -> Self {
         let memory = port.memory();
         let shape = shape(port.vp_count(), memory.as_ref());
-        let inner = Mutex::new(Inner {
-            host: Host::new(config, shape),
-            memory,
-            devices: BTreeMap::new(),
-            active: BTreeMap::new(),
-            hvsock: None,
-            effects: VecDeque::new(),
-            working: false,
-            full: Vec::new(),
-            drained: 0,
-            refused: LogGate::default(),
-        });
-        Self { shared: Arc::new(Shared { port, budget, inner }) }
+        Self::of(port, budget, Inner::new(Host::new(config, shape), memory))
+    }
+
+    fn of(port: Arc<dyn GuestPort>, budget: MappingBudget, inner: Inner) -> Self {
+        let (inner, idle) = (Mutex::new(inner), Condvar::new());
+        Self { shared: Arc::new(Shared { port, budget, inner, idle }) }
     }
 
     /// Takes a message that the guest has posted to `connection_id` (HvPostMessage with message type
-    /// 1). `message` is a private copy of the payload.
+    /// 1). `message` is a private copy of the payload. While the bus is held, every message is
+    /// [`PostError::Busy`].
     ///
     /// # Errors
     /// [`PostError`]; [`PostError::hypercall_status`] is what the guest gets.
     pub fn post_message(&self, connection_id: u32, message: &[u8]) -> Result<(), PostError> {
         let mut inner = self.lock();
         let waiting = inner.effects.len();
-        if waiting >= MAX_WAITING_EFFECTS {
+        if waiting >= MAX_WAITING_EFFECTS || inner.stands_still() {
             return Err(PostError::Busy { waiting });
         }
-        let mut effects = Vec::new();
-        let result = inner.host.guest_message(connection_id, message, &mut effects);
-        inner.effects.extend(effects);
+        let result =
+            inner.step(|host, effects| host.guest_message(connection_id, message, effects));
         let logged = match result {
             Err(_) => inner.refused.count(),
             Ok(()) => None,
@@ -178,12 +229,16 @@ impl HostBus {
     pub fn guest_reset(&self) {
         let memory = self.shared.port.memory();
         let shape = shape(self.shared.port.vp_count(), memory.as_ref());
-        let mut effects = Vec::new();
         let mut inner = self.lock();
+        if inner.moved_away {
+            return;
+        }
         // In one breath: an open must not find the old request and the new memory.
         inner.memory = memory;
-        inner.host.guest_reset(shape, &mut effects);
-        inner.effects.extend(effects);
+        inner.step(|host, effects| host.guest_reset(shape, effects));
+        if inner.restoring.is_some() {
+            inner.step(|host, _| host.devices_hold_nothing()); // they were not told of any open
+        }
         inner.full.clear();
         drop(inner);
         self.work();
@@ -212,30 +267,42 @@ impl HostBus {
         look(&self.lock().host)
     }
 
-    /// One step of the state machine, and what follows from it.
-    pub(crate) fn step<R>(&self, step: impl FnOnce(&mut Host, &mut Vec<Effect>) -> R) -> R {
-        let mut effects = Vec::new();
-        let mut inner = self.lock();
-        let result = step(&mut inner.host, &mut effects);
-        inner.effects.extend(effects);
-        drop(inner);
+    /// One step of the state machine, and what follows from it. Nothing, if the guest goes on elsewhere.
+    pub(crate) fn step(&self, step: impl FnOnce(&mut Host, &mut Vec<Effect>)) {
+        self.feed(step);
         self.work();
-        result
+    }
+
+    /// A device withdraws its offer.
+    pub(crate) fn revoke(&self, offer: OfferId) {
+        if !self.takes_back(offer) {
+            self.step(|host, effects| host.revoke(offer, effects));
+        }
     }
 
     /// The device of an offer takes no further events. Its rings are gone, or going with it.
     pub(crate) fn drop_device(&self, offer: OfferId) {
+        let was_taken_back = self.takes_back(offer);
         let device = self.lock().devices.remove(&offer);
-        self.step(|host, effects| {
-            host.closed(offer, effects); // first, so that the guest gets its answers before the rescind
-            host.revoke(offer, effects);
-        });
+        if !was_taken_back {
+            self.step(|host, effects| {
+                host.closed(offer, effects); // first: the guest gets its answers before the rescind
+                host.revoke(offer, effects);
+            });
+        }
         drop(device); // foreign code, not under the lock
     }
 
-    /// The device of an offer takes no further events; what the guest has of it stays as it is.
+    /// The device of an offer takes no further events, and signals nobody; what the guest has of it stays
+    /// as it is. If the guest closes the channel here, it finds it closed.
     pub(crate) fn forget_device(&self, offer: OfferId) {
-        let device = self.lock().devices.remove(&offer);
+        let mut inner = self.lock();
+        let device = inner.devices.remove(&offer);
+        let signal = inner.active.get(&offer).map(|active| Arc::clone(&active.signal));
+        drop(inner);
+        if let Some(signal) = signal {
+            signal.set_target(None);
+        }
         drop(device); // foreign code, not under the lock
     }
 
@@ -244,19 +311,29 @@ impl HostBus {
     }
 
     /// Performs effects and posts messages until nothing is left to do, unless another thread is at
-    /// it, which then does this as well.
+    /// it, which then does this as well; or the bus is held, and does it later.
     fn work(&self) {
-        if std::mem::replace(&mut self.lock().working, true) {
+        let mut inner = self.lock();
+        if inner.worker.is_some() || inner.stands_still() {
             return;
         }
+        inner.worker = Some(thread::current().id());
+        drop(inner);
         let at_work = AtWork(self);
-        let mut inner = self.lock();
+        let mut inner = self.lock(); // let go of before `at_work`, should anything panic
         loop {
+            if inner.moved_away {
+                break;
+            }
+            // Also while someone waits to hold the bus: what a step has begun is done.
             if let Some(effect) = inner.effects.pop_front() {
                 drop(inner);
                 self.perform(effect);
                 inner = self.lock();
                 continue;
+            }
+            if inner.holds != 0 {
+                break;
             }
             let Some(message) = inner.host.next_message(&inner.full).cloned() else { break };
             let drained = inner.drained;
@@ -264,24 +341,22 @@ impl HostBus {
             let posted = self.shared.port.post_message(message.slot, &message.message);
             inner = self.lock();
             match posted {
-                Posted::Taken => inner.host.message_taken(message.serial),
+                Posted::Taken => inner.step(|host, _| host.message_taken(message.serial)),
                 // Emptied while we were told that it is full: try again.
                 Posted::Busy if inner.drained != drained => {}
                 Posted::Busy => inner.full.push(message.slot),
             }
         }
-        inner.working = false; // in the same breath as finding nothing to do
+        inner.worker = None; // in the same breath as finding nothing to do
         drop(inner);
         std::mem::forget(at_work);
+        self.shared.idle.notify_all();
     }
 
     fn perform(&self, effect: Effect) {
         match effect {
-            Effect::Open { offer, rings } => {
-                if let Err(status) = self.open(offer, &rings) {
-                    self.feed(|host, effects| host.open_result(offer, status, effects));
-                }
-            }
+            Effect::Open { offer, rings } => self.open(offer, &rings, false),
+            Effect::Resume { offer, rings } => self.open(offer, &rings, true),
             Effect::Close { offer, tell_device } => self.close(offer, tell_device),
             Effect::Retarget { offer, interrupt, serial } => {
                 let status = self.retarget(offer, interrupt);
@@ -300,55 +375,77 @@ impl HostBus {
 
     /// [`HostBus::step`] for the thread at work.
     fn feed(&self, step: impl FnOnce(&mut Host, &mut Vec<Effect>)) {
-        let mut effects = Vec::new();
         let mut inner = self.lock();
-        step(&mut inner.host, &mut effects);
-        inner.effects.extend(effects);
+        if !inner.moved_away {
+            inner.step(step);
+        }
     }
 
-    /// Prepares everything for an open, and tells the device of it.
-    fn open(&self, offer: OfferId, rings: &Rings) -> Result<(), NtStatus> {
+    /// Prepares everything for an open, and tells the device of it; or tells the machine that it cannot
+    /// be.
+    fn open(&self, offer: OfferId, rings: &Rings, resumed: bool) {
+        if let Err(status) = self.try_open(offer, rings, resumed) {
+            self.feed(|host, effects| host.open_result(offer, status, effects));
+        }
+    }
+
+    fn try_open(&self, offer: OfferId, rings: &Rings, resumed: bool) -> Result<(), NtStatus> {
         let inner = self.lock();
         // The guest may have gone in the meantime, and another be there with other memory.
-        let is_opening = inner
-            .host
-            .channel(offer)
-            .is_some_and(|channel| matches!(channel.open, OpenState::Opening(_)));
-        let device = inner.devices.get(&offer).filter(|_| is_opening).cloned();
+        let is_wanted = inner.host.channel(offer).is_some_and(|channel| match channel.open {
+            OpenState::Opening(_) => !resumed,
+            OpenState::Open(_) => resumed,
+            _ => false,
+        });
+        let device = inner.devices.get(&offer).filter(|_| is_wanted).cloned();
         let (Some(device), Some(memory)) = (device, inner.memory.clone()) else {
             return Err(NtStatus::CANCELLED);
         };
         drop(inner);
-
-        let ring = |pfns: &[u64]| {
-            RingPages::map(&memory, pfns, &self.shared.budget).map_err(|error| {
-                tracing::warn!(%error, "rings of a channel refused");
-                NtStatus::INVALID_PARAMETER
-            })
-        };
-        let (incoming, outgoing) = (ring(&rings.incoming)?, ring(&rings.outgoing)?);
-        let failed = |error: std::io::Error| {
-            tracing::error!(%error, "cannot exchange signals for a channel");
-            NtStatus::INSUFFICIENT_RESOURCES
-        };
-        let port = &*self.shared.port;
-        let target = signal::target(port, &memory, rings.interrupt).map_err(failed)?;
-        let signal = Arc::new(ChannelSignal::new(target));
-        let connection_id = rings.connection_id;
-        port.listen(connection_id, Arc::clone(&device.doorbell)).map_err(failed)?;
-        let doorbell = Arc::clone(&device.doorbell);
-        let active = Active { signal: Arc::clone(&signal), connection_id, doorbell };
+        let (active, opened) =
+            self.prepare(&device, &memory, rings, resumed).map_err(|refused| {
+                tracing::warn!(%refused, "a channel cannot be opened");
+                refused.status()
+            })?;
         self.lock().active.insert(offer, active);
+        self.tell_opened(offer, &device, opened)
+    }
 
-        let user_data = rings.user_data;
-        let (residency, resumed) = (None, false);
-        let opened =
-            OpenRings { incoming, outgoing, memory, signal, residency, user_data, resumed };
+    fn tell_opened(
+        &self,
+        offer: OfferId,
+        device: &Endpoint,
+        opened: OpenRings,
+    ) -> Result<(), NtStatus> {
         if device.events.post(BusEvent::Opened(opened)) {
             return Ok(());
         }
         self.close(offer, false);
         Err(NtStatus::INSUFFICIENT_RESOURCES)
+    }
+
+    /// Maps the rings of a channel, and finds the ways for its signals.
+    fn prepare(
+        &self,
+        device: &Endpoint,
+        memory: &GuestMemory,
+        rings: &Rings,
+        resumed: bool,
+    ) -> Result<(Active, OpenRings), CannotOpen> {
+        let ring = |pfns: &[u64]| RingPages::map(memory, pfns, &self.shared.budget);
+        let incoming = ring(&rings.incoming).map_err(CannotOpen::Rings)?;
+        let outgoing = ring(&rings.outgoing).map_err(CannotOpen::Rings)?;
+        let port = &*self.shared.port;
+        let target = signal::target(port, memory, rings.interrupt).map_err(CannotOpen::Signals)?;
+        let signal = Arc::new(ChannelSignal::new(target));
+        let connection_id = rings.connection_id;
+        port.listen(connection_id, Arc::clone(&device.doorbell)).map_err(CannotOpen::Signals)?;
+        let doorbell = Arc::clone(&device.doorbell);
+        let active = Active { signal: Arc::clone(&signal), connection_id, doorbell };
+        let (memory, residency, user_data) = (memory.clone(), None, rings.user_data);
+        let opened =
+            OpenRings { incoming, outgoing, memory, signal, residency, user_data, resumed };
+        Ok((active, opened))
     }
 
     /// Undoes [`HostBus::open`], if it came so far.
@@ -359,13 +456,20 @@ impl HostBus {
         let is_closing = inner.host.channel(offer).is_some_and(|channel| {
             matches!(channel.open, OpenState::Closing(_) | OpenState::Reopening(..))
         });
-        let device = inner.devices.get(&offer).filter(|_| tell_device && is_closing).cloned();
+        let device = inner.devices.get(&offer).cloned();
         drop(inner);
         let Some(active) = active else { return };
         active.signal.set_target(None);
         self.shared.port.unlisten(active.connection_id);
-        if let Some(device) = device {
-            device.events.post(BusEvent::PeerClosed);
+        if !tell_device || !is_closing {
+            return;
+        }
+        match device {
+            Some(device) => {
+                device.events.post(BusEvent::PeerClosed);
+            }
+            // It went on elsewhere, without its guest.
+            None => self.feed(|host, effects| host.closed(offer, effects)),
         }
     }
 
@@ -394,7 +498,29 @@ struct AtWork<'a>(&'a HostBus);
 
 impl Drop for AtWork<'_> {
     fn drop(&mut self) {
-        self.0.lock().working = false;
+        self.0.lock().worker = None;
+        self.0.shared.idle.notify_all();
+    }
+}
+
+/// Why a channel cannot be opened, or resumed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CannotOpen {
+    /// Its rings cannot be where the guest says.
+    #[error("its rings cannot be mapped: {0}")]
+    Rings(#[source] MemoryError),
+    /// The port has no way for signals.
+    #[error("no signals can be exchanged: {0}")]
+    Signals(#[source] std::io::Error),
+}
+
+impl CannotOpen {
+    /// What the guest is told.
+    fn status(&self) -> NtStatus {
+        match self {
+            Self::Rings(_) => NtStatus::INVALID_PARAMETER,
+            Self::Signals(_) => NtStatus::INSUFFICIENT_RESOURCES,
+        }
     }
 }
 
@@ -412,7 +538,10 @@ impl Bus for HostBus {
     fn offer(&self, offer: Offer, endpoint: Endpoint) -> Result<Box<dyn ServerLink>, NtStatus> {
         let offered = OfferParams::try_from(&offer).and_then(|params| {
             let mut inner = self.lock();
-            let offer = inner.host.offer(params)?;
+            let offer = match inner.restoring.is_some() {
+                true => inner.adopt(params)?,
+                false => inner.step(|host, _| host.offer(params))?,
+            };
             inner.devices.insert(offer, Arc::new(endpoint));
             Ok(offer)
         });

@@ -194,12 +194,13 @@ impl OpenState {
 /// All channels of a host.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Channels {
-    table: BTreeMap<OfferId, Channel>,
+    pub(crate) table: BTreeMap<OfferId, Channel>,
     by_channel_id: BTreeMap<u32, OfferId>,
-    offers_made: u64,
+    /// The last offer's number.
+    pub(crate) offers_made: u64,
     /// The channel id given out last. Ids go round, so that what a guest still says of a channel it
     /// has released does not hit another one.
-    last_channel_id: u32,
+    pub(crate) last_channel_id: u32,
 }
 
 impl Channels {
@@ -223,6 +224,16 @@ impl Channels {
         self.table.insert(id, channel);
         self.by_channel_id.insert(channel_id, id);
         Ok(id)
+    }
+
+    /// Adds a channel that was saved. Its channel id, if another one has it: it is refused.
+    pub(crate) fn put_back(&mut self, id: OfferId, channel: Channel) -> bool {
+        if self.by_channel_id.contains_key(&channel.channel_id) || self.table.contains_key(&id) {
+            return false;
+        }
+        self.by_channel_id.insert(channel.channel_id, id);
+        self.table.insert(id, channel);
+        true
     }
 
     fn free_channel_id(&self) -> Result<u32, OfferError> {

@@ -7,7 +7,6 @@ use vmbus_wire::message::{
     ConnectionState, HostMessage, InitiateContact, MessageType, VersionResponse, VersionResponseV2,
 };
 use vmbus_wire::version::{FeatureFlags, Negotiated, Version};
-use vmbus_wire::{PAGE_SHIFT, PAGE_SIZE};
 
 use crate::error::Refusal;
 use crate::limits::SINT_COUNT;
@@ -191,7 +190,7 @@ pub(crate) fn judge(
         contact.interrupt_page().filter(|gpa| *gpa != 0)
     };
     if let Some(gpa) = interrupt_page
-        && (gpa % PAGE_SIZE as u64 != 0 || !shape.ram.contains(gpa >> PAGE_SHIFT))
+        && !shape.ram.is_page(gpa)
     {
         return failed(Refusal::InterruptPage { gpa });
     }

@@ -20,6 +20,15 @@ pub enum Effect {
         /// What the device is given.
         rings: Box<Rings>,
     },
+    /// The channel has been open since before a restore: as [`Effect::Open`], for the device that goes on
+    /// with it. Answered by [`Host::open_result`](crate::Host::open_result), of which the guest hears
+    /// nothing.
+    Resume {
+        /// The channel.
+        offer: OfferId,
+        /// What the device is given.
+        rings: Box<Rings>,
+    },
     /// The open is over for the guest: from now on neither listen nor signal. Answered by
     /// [`Host::closed`](crate::Host::closed) once the device has let go.
     Close {

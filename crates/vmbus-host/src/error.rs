@@ -15,10 +15,10 @@ pub enum PostError {
         /// The connection id, of which 24 bits count.
         connection_id: u32,
     },
-    /// Back-pressure: the guest does not take its own messages. Nothing was done, and nothing is
-    /// lost: it may post the same message again later.
+    /// Back-pressure: the guest does not take its own messages; or the bus is held, or being restored.
+    /// Nothing was done, and nothing is lost: it may post the same message again later.
     #[error(
-        "{waiting} messages wait for the guest, it gets no further answers before it takes some"
+        "no message is taken now; {waiting} steps of the host, or messages for the guest, wait"
     )]
     Busy {
         /// Messages, or steps of the host, that wait.

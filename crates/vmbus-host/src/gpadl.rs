@@ -21,7 +21,7 @@ use crate::shape::RamMap;
 /// The GPADLs of one guest.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Gpadls {
-    table: BTreeMap<(OfferId, u32), Gpadl>,
+    pub(crate) table: BTreeMap<(OfferId, u32), Gpadl>,
     /// Whose GPADL of this id is receiving bodies.
     assembling: BTreeMap<u32, OfferId>,
     /// Pages of all of `table`.
@@ -29,32 +29,33 @@ pub(crate) struct Gpadls {
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct Gpadl {
-    state: GpadlState,
+pub(crate) struct Gpadl {
+    pub(crate) state: GpadlState,
     /// What it counts against the quota.
     pages: u64,
     /// The device has it mapped.
-    in_use: bool,
+    pub(crate) in_use: bool,
 }
 
 /// How far a GPADL has come, and what the guest has been told of it.
 #[derive(Clone, Debug, Eq, PartialEq)]
-enum GpadlState {
+pub(crate) enum GpadlState {
     /// Words are missing. The guest waits for GPADL_CREATED; the device cannot see it.
     Assembling(Assembly),
     /// The guest was told that it exists; the device may look it up.
     Created(GpadlPages),
     /// The guest has taken it back and waits for GPADL_TORNDOWN, which is held back while a ring or
-    /// the device uses the pages. The device finds it no more.
-    TearingDown,
+    /// the device uses the pages. The device finds it no more; after a restore an open ring in it is
+    /// found again by these pages.
+    TearingDown(GpadlPages),
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct Assembly {
+pub(crate) struct Assembly {
     /// Grows with what arrives, not with what the header announces.
-    words: Vec<u64>,
-    words_total: usize,
-    range_count: u16,
+    pub(crate) words: Vec<u64>,
+    pub(crate) words_total: usize,
+    pub(crate) range_count: u16,
 }
 
 /// Whether a GPADL is whole.
@@ -258,9 +259,9 @@ impl Gpadls {
         let entry = self.table.get_mut(&(offer, gpadl)).ok_or(GpadlRefusal::Unknown)?;
         match &entry.state {
             GpadlState::Assembling(assembly) => Err(assembly.incomplete()),
-            GpadlState::TearingDown => Err(GpadlRefusal::TearingDown),
+            GpadlState::TearingDown(_) => Err(GpadlRefusal::TearingDown),
             GpadlState::Created(_) if in_ring || entry.in_use => {
-                entry.state = GpadlState::TearingDown;
+                entry.begin_teardown();
                 Ok(Teardown::Held)
             }
             GpadlState::Created(_) => {
@@ -275,7 +276,7 @@ impl Gpadls {
         match self.table.get(&(offer, gpadl)).map(|entry| &entry.state) {
             Some(GpadlState::Created(pages)) => Ok(pages),
             Some(GpadlState::Assembling(assembly)) => Err(assembly.incomplete()),
-            Some(GpadlState::TearingDown) => Err(GpadlRefusal::TearingDown),
+            Some(GpadlState::TearingDown(_)) => Err(GpadlRefusal::TearingDown),
             None => Err(GpadlRefusal::Unknown),
         }
     }
@@ -292,14 +293,14 @@ impl Gpadls {
         let Some(entry) = self.table.get_mut(&(offer, gpadl)) else { return false };
         match entry.state {
             GpadlState::Created(_) => entry.in_use = in_use,
-            GpadlState::TearingDown if !in_use => {
+            GpadlState::TearingDown(_) if !in_use => {
                 entry.in_use = false;
                 if !in_ring {
                     self.remove(offer, gpadl);
                     return true;
                 }
             }
-            GpadlState::TearingDown | GpadlState::Assembling(_) => {}
+            GpadlState::TearingDown(_) | GpadlState::Assembling(_) => {}
         }
         false
     }
@@ -309,8 +310,65 @@ impl Gpadls {
         let mut done = Vec::new();
         for (id, entry) in self.of_channel_mut(offer) {
             entry.in_use = false;
-            if entry.state == GpadlState::TearingDown {
+            if entry.is_tearing_down() {
                 done.push(id);
+            }
+        }
+        for id in &done {
+            self.remove(offer, *id);
+        }
+        done
+    }
+
+    /// The pages of a GPADL in which a ring lies, whether or not it is being taken back.
+    pub(crate) fn ring_pages(
+        &self,
+        offer: OfferId,
+        gpadl: u32,
+    ) -> Result<&GpadlPages, GpadlRefusal> {
+        match self.table.get(&(offer, gpadl)).map(|entry| &entry.state) {
+            Some(GpadlState::TearingDown(pages)) => Ok(pages),
+            _ => self.get(offer, gpadl),
+        }
+    }
+
+    /// Adds a GPADL that was saved. The id and the pages, if they are in use already: it is refused.
+    pub(crate) fn put_back(
+        &mut self,
+        offer: OfferId,
+        gpadl: u32,
+        state: GpadlState,
+        in_use: bool,
+    ) -> bool {
+        let pages = state.pages();
+        let receives = matches!(state, GpadlState::Assembling(_));
+        if self.table.contains_key(&(offer, gpadl))
+            || receives && self.assembling.contains_key(&gpadl)
+        {
+            return false;
+        }
+        if receives {
+            self.assembling.insert(gpadl, offer);
+        }
+        self.pages += pages;
+        self.table.insert((offer, gpadl), Gpadl { state, pages, in_use });
+        true
+    }
+
+    /// The device of a channel is another one now, that has mapped nothing. What is being taken back, and
+    /// no ring lies in, is gone; the rest stays as it is until the new device says otherwise.
+    pub(crate) fn device_has_moved(
+        &mut self,
+        offer: OfferId,
+        in_ring: impl Fn(u32) -> bool,
+    ) -> Vec<u32> {
+        let mut done = Vec::new();
+        for (id, entry) in self.of_channel_mut(offer) {
+            if entry.is_tearing_down() {
+                entry.in_use = false;
+                if !in_ring(id) {
+                    done.push(id);
+                }
             }
         }
         for id in &done {
@@ -385,10 +443,9 @@ impl Gpadls {
         self.pages
     }
 
-    /// Every GPADL's channel and id, and whether its teardown is held back.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (OfferId, u32, bool)> {
-        let held = |entry: &Gpadl| entry.state == GpadlState::TearingDown;
-        self.table.iter().map(move |((offer, id), entry)| (*offer, *id, held(entry)))
+    /// Every GPADL, with its channel and id.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (OfferId, u32, &Gpadl)> {
+        self.table.iter().map(|((offer, id), entry)| (*offer, *id, entry))
     }
 
     /// What is wrong with the books, if anything.
@@ -425,24 +482,60 @@ impl Gpadls {
     }
 }
 
+impl Gpadl {
+    pub(crate) fn is_tearing_down(&self) -> bool {
+        matches!(self.state, GpadlState::TearingDown(_))
+    }
+
+    fn begin_teardown(&mut self) {
+        if let GpadlState::Created(pages) = &mut self.state {
+            let nothing = GpadlPages { ranges: Vec::new(), read_only: false };
+            self.state = GpadlState::TearingDown(std::mem::replace(pages, nothing));
+        }
+    }
+}
+
+impl GpadlState {
+    /// What it counts against the quota.
+    fn pages(&self) -> u64 {
+        match self {
+            // Two words for every range: `GpadlHeader::word_count` and a restore make sure of it.
+            Self::Assembling(assembly) => {
+                (assembly.words_total - usize::from(assembly.range_count)) as u64
+            }
+            Self::Created(pages) | Self::TearingDown(pages) => {
+                pages.ranges.iter().map(|range| range.pfns.len() as u64).sum()
+            }
+        }
+    }
+}
+
 impl Assembly {
     fn incomplete(&self) -> GpadlRefusal {
         GpadlRefusal::Incomplete { have: self.words.len(), total: self.words_total }
     }
 
     fn finish(&self, ram: &RamMap) -> Result<GpadlPages, GpadlRefusal> {
-        let ranges = GpaRanges::parse(&self.words, u32::from(self.range_count))?;
-        let mut pages = Vec::with_capacity(usize::from(self.range_count));
-        for range in ranges {
-            if let Some(pfn) = range.pfns.iter().copied().find(|pfn| !ram.contains(*pfn)) {
-                return Err(GpadlRefusal::NotRam { pfn });
-            }
-            pages.push(PageRange {
-                byte_count: range.byte_count,
-                byte_offset: range.byte_offset,
-                pfns: range.pfns.to_vec(),
-            });
-        }
-        Ok(GpadlPages { ranges: pages, read_only: false }) // no message says otherwise
+        pages(&self.words, self.range_count, ram)
     }
+}
+
+/// The pages that so many ranges in `words` describe, all of them RAM.
+pub(crate) fn pages(
+    words: &[u64],
+    range_count: u16,
+    ram: &RamMap,
+) -> Result<GpadlPages, GpadlRefusal> {
+    let mut ranges = Vec::with_capacity(usize::from(range_count).min(words.len()));
+    for range in GpaRanges::parse(words, u32::from(range_count))? {
+        if let Some(pfn) = ram.first_outside(range.pfns) {
+            return Err(GpadlRefusal::NotRam { pfn });
+        }
+        ranges.push(PageRange {
+            byte_count: range.byte_count,
+            byte_offset: range.byte_offset,
+            pfns: range.pfns.to_vec(),
+        });
+    }
+    Ok(GpadlPages { ranges, read_only: false }) // no message says otherwise
 }

@@ -3,7 +3,7 @@
 use vmbus_wire::message::{GuestMessage, HostMessage};
 use vmbus_wire::version::Version;
 
-use crate::channel::{Channel, Channels};
+use crate::channel::{Channel, Channels, OpenState};
 use crate::connection::{
     CONNECTION_ID_MASK, Connection, MESSAGE_CONNECTION, MULTI_CLIENT_CONNECTION,
 };
@@ -12,7 +12,7 @@ use crate::error::PostError;
 use crate::gpadl::Gpadls;
 use crate::hvsock::HvsockRequests;
 use crate::limits::{DEFAULT_GPADL_PAGES, MAX_HVSOCK_REQUESTS, MAX_WAITING_MESSAGES};
-use crate::offer::OfferId;
+use crate::offer::{OfferId, OfferKey};
 use crate::outgoing::{Outgoing, OutgoingMessage, SlotId};
 use crate::shape::GuestShape;
 
@@ -223,6 +223,11 @@ impl Host {
         self.channels.by_channel_id(channel_id)
     }
 
+    /// The offer of this key that its device has not withdrawn.
+    pub(crate) fn standing(&self, key: OfferKey) -> Option<OfferId> {
+        self.channels.standing(key)
+    }
+
     /// What the host knows of the machine.
     #[must_use]
     pub fn shape(&self) -> &GuestShape {
@@ -271,13 +276,24 @@ impl Host {
         {
             wrong.push("disconnecting, and nothing to wait for".into());
         }
-        for (offer, gpadl, held) in self.gpadls.iter() {
-            match self.channels.get(offer) {
-                None => wrong.push(format!("GPADL {gpadl:#x} of {offer:?}, which is gone")),
-                Some(channel) if held && !channel.device_holds() => {
-                    wrong.push(format!("GPADL {gpadl:#x} of {offer:?} is held back for nobody"));
-                }
-                Some(_) => {}
+        for (offer, id, gpadl) in self.gpadls.iter() {
+            let Some(channel) = self.channels.get(offer) else {
+                wrong.push(format!("GPADL {id:#x} of {offer:?}, which is gone"));
+                continue;
+            };
+            let holds = channel.device_holds();
+            if gpadl.in_use && !holds {
+                wrong.push(format!("GPADL {id:#x} of {offer:?} is in use by nobody"));
+            }
+            if gpadl.is_tearing_down() && !(holds && (gpadl.in_use || channel.has_ring_in(id))) {
+                wrong.push(format!("GPADL {id:#x} of {offer:?} is held back for nobody"));
+            }
+        }
+        for (offer, channel) in self.channels.iter() {
+            if let OpenState::Opening(open) | OpenState::Open(open) = &channel.open
+                && let Err(refusal) = self.standing_ring_pfns(offer, channel.channel_id, open)
+            {
+                wrong.push(format!("{offer:?} is {}: {refusal}", channel.open.name()));
             }
         }
         wrong

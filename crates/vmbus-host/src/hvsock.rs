@@ -16,7 +16,7 @@ use crate::limits::MAX_HVSOCK_REQUESTS;
 /// The requests that nobody has answered yet, by their ids.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct HvsockRequests {
-    waiting: BTreeMap<u64, TlConnectRequest>,
+    pub(crate) waiting: BTreeMap<u64, HvsockRequest>,
 }
 
 impl HvsockRequests {
@@ -42,9 +42,10 @@ impl Host {
             return Err(Refusal::TooManyHvsockRequests { count });
         }
         let id = self.next_serial();
-        self.hvsock.waiting.insert(id, *request);
         let TlConnectRequest { endpoint_id, service_id } = *request;
-        effects.push(Effect::ConnectHvsock(HvsockRequest { id, endpoint_id, service_id, silo_id }));
+        let request = HvsockRequest { id, endpoint_id, service_id, silo_id };
+        self.hvsock.waiting.insert(id, request);
+        effects.push(Effect::ConnectHvsock(request));
         Ok(())
     }
 
@@ -54,7 +55,8 @@ impl Host {
     pub fn hvsock_result(&mut self, id: u64, result: Result<(), NtStatus>) {
         let Some(request) = self.hvsock.waiting.remove(&id) else { return };
         if let Err(status) = result {
-            self.refuse_hvsock(&request, status);
+            let HvsockRequest { endpoint_id, service_id, .. } = request;
+            self.refuse_hvsock(&TlConnectRequest { endpoint_id, service_id }, status);
         }
     }
 

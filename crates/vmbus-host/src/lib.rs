@@ -67,10 +67,12 @@ mod outgoing;
 mod port;
 mod refused;
 mod reserved;
+mod resume;
+mod saved;
 mod shape;
 mod signal;
 
-pub use bus::HostBus;
+pub use bus::{BusSave, ChangedOffer, FinishRestoreError, HeldBus, HostBus, OffersDiffer};
 pub use channel::{Channel, Closing, Modifying, OfferState, OpenKind, OpenParams, OpenState};
 pub use connection::{
     Connection, ContactAnswer, Established, INTERRUPT_PAGE_CONNECTION, MESSAGE_CONNECTION,
@@ -81,7 +83,9 @@ pub use error::{PostError, Refusal, RingRefusal, SignalError};
 pub use gpadl::GpadlRefusal;
 pub use host::{Config, Host, Usage};
 pub use hvsock_handler::{HvsockConnect, HvsockHandler};
+pub use kmcl::SaveOptions;
 pub use offer::{OfferError, OfferId, OfferKey, OfferParams};
 pub use outgoing::{OutgoingMessage, SlotId, VMBUS_SINT};
 pub use port::{GuestPort, Posted};
+pub use saved::{HostRestore, HostSave, Misfit, RestoreError};
 pub use shape::{GuestShape, RamMap};

@@ -51,3 +51,17 @@ pub const SINT_COUNT: u8 = 16;
 /// messages of the guest with [`PostError::Busy`](crate::PostError::Busy). They wait only while a
 /// port is slow to return.
 pub const MAX_WAITING_EFFECTS: usize = 1024;
+
+/// Most runs of RAM of a guest whose bus can be saved. Machines known have fewer than ten.
+pub const MAX_RAM_RUNS: usize = 4096;
+
+/// Largest serial number, and number of an offer, in a saved state. A bus that counts one each
+/// nanosecond gets there in a century.
+pub const MAX_SAVED_SERIAL: u64 = 1 << 62;
+
+/// Bytes that a restore takes at most for each byte of the state. Short records are short beside what
+/// they stand for: a message has room for 240 bytes, a list twice what it holds.
+pub const RESTORED_BYTES_PER_BYTE: usize = 16;
+
+/// Bytes that a restore takes beside those: room for the words of one GPADL, and this value.
+pub const RESTORED_BYTES: usize = 128 << 10;

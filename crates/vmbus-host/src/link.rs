@@ -31,7 +31,7 @@ impl ServerLink for HostLink {
     }
 
     fn revoke(&self) {
-        self.bus.step(|host, effects| host.revoke(self.offer, effects));
+        self.bus.revoke(self.offer);
     }
 
     fn moved_away(&self) {

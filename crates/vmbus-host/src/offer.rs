@@ -1,5 +1,7 @@
 //! What a device offers.
 
+use std::fmt;
+
 use kmcl::bus::{Offer, USER_DATA_SIZE};
 use vmbus_wire::guid::Guid;
 use vmbus_wire::version::Version;
@@ -18,6 +20,13 @@ pub struct OfferKey {
     pub interface_instance: Guid,
     /// 0 for a primary channel, n for its nth subchannel.
     pub subchannel_index: u16,
+}
+
+impl fmt::Display for OfferKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { interface_type, interface_instance, subchannel_index } = self;
+        write!(f, "{interface_type} instance {interface_instance} subchannel {subchannel_index}")
+    }
 }
 
 /// An offer, as plain data. The fields are those of [`Offer`].
@@ -46,10 +55,7 @@ pub struct OfferParams {
 #[non_exhaustive]
 pub enum OfferError {
     /// An offer of this type, instance and subchannel index stands.
-    #[error(
-        "an offer of {} instance {} subchannel {} stands",
-        key.interface_type, key.interface_instance, key.subchannel_index
-    )]
+    #[error("an offer of {key} stands")]
     Clash {
         /// What it is told apart by.
         key: OfferKey,

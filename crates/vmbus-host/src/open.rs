@@ -16,6 +16,7 @@ use crate::channel::{Channel, Closing, Modifying, OfferState, OpenKind, OpenPara
 use crate::connection::{CONNECTION_ID_MASK, LAST_RESERVED_CONNECTION};
 use crate::effect::{Effect, Interrupt, Rings};
 use crate::error::{Refusal, RingRefusal};
+use crate::gpadl::GpadlRefusal;
 use crate::host::Host;
 use crate::limits::MAX_CHANNEL_ID;
 use crate::offer::OfferId;
@@ -137,21 +138,55 @@ impl Host {
 
     /// What the device is given for this open.
     fn rings(&self, offer: OfferId, channel_id: u32, open: &OpenParams) -> Result<Rings, Refusal> {
-        let gpadl = open.ring_gpadl;
-        let refuse = |reason| Refusal::Ring { channel_id, gpadl, reason };
-        let pages = self.gpadls.get(offer, gpadl).map_err(|reason| refuse(reason.into()))?;
         let (incoming, outgoing) =
-            split_ring(pages, open.downstream_page_offset).map_err(refuse)?;
-        Ok(Rings {
+            ring_pfns(channel_id, open, self.gpadls.get(offer, open.ring_gpadl))?;
+        Ok(self.rings_in(channel_id, open, incoming, outgoing))
+    }
+
+    fn rings_in(
+        &self,
+        channel_id: u32,
+        open: &OpenParams,
+        incoming: &[u64],
+        outgoing: &[u64],
+    ) -> Rings {
+        Rings {
             incoming: incoming.to_vec(),
             outgoing: outgoing.to_vec(),
             interrupt: self.interrupt(channel_id, open.target_vp, open.event_flag),
             connection_id: open.connection_id,
             user_data: open.user_data,
-        })
+        }
     }
 
-    fn interrupt(&self, channel_id: u32, target_vp: Option<u32>, flag: u16) -> Interrupt {
+    /// The pages of the rings of an open that the device was told of. The guest may be taking their GPADL
+    /// back already.
+    pub(crate) fn standing_ring_pfns(
+        &self,
+        offer: OfferId,
+        channel_id: u32,
+        open: &OpenParams,
+    ) -> Result<(&[u64], &[u64]), Refusal> {
+        ring_pfns(channel_id, open, self.gpadls.ring_pages(offer, open.ring_gpadl))
+    }
+
+    /// What the device was given for this open.
+    pub(crate) fn standing_rings(
+        &self,
+        offer: OfferId,
+        channel_id: u32,
+        open: &OpenParams,
+    ) -> Result<Rings, Refusal> {
+        let (incoming, outgoing) = self.standing_ring_pfns(offer, channel_id, open)?;
+        Ok(self.rings_in(channel_id, open, incoming, outgoing))
+    }
+
+    pub(crate) fn interrupt(
+        &self,
+        channel_id: u32,
+        target_vp: Option<u32>,
+        flag: u16,
+    ) -> Interrupt {
         let Some(vp) = target_vp else { return Interrupt::None };
         let sint = VMBUS_SINT;
         let page = self.connection.established().and_then(|established| established.interrupt_page);
@@ -163,6 +198,9 @@ impl Host {
 
     /// A device, or whoever prepares the rings for it, answers [`Effect::Open`]. After a failure the
     /// device has let go of everything, and the channel can be opened again.
+    ///
+    /// It answers [`Effect::Resume`] as well: the guest knows that the channel is open, so that a success
+    /// tells it nothing; after a failure the channel is as after [`Host::closed`].
     pub fn open_result(&mut self, offer: OfferId, status: NtStatus, effects: &mut Vec<Effect>) {
         let Some(channel) = self.channels.get_mut(offer) else { return };
         let channel_id = channel.channel_id;
@@ -176,6 +214,12 @@ impl Host {
                 effects.push(Effect::Close { offer, tell_device: false });
                 self.device_let_go(offer);
                 self.send_open_result(channel_id, open.kind, status);
+            }
+            OpenState::Open(open) => {
+                channel.open = OpenState::Open(open);
+                if !status.is_success() {
+                    self.closed(offer, effects);
+                }
             }
             // The guest has not waited for the answer.
             mut other => {
@@ -378,8 +422,13 @@ impl Host {
 pub(crate) fn default_signal(channel_id: u32) -> ChosenSignal {
     ChosenSignal {
         connection_id: default_signal_connection(channel_id),
-        event_flag: u16::try_from(channel_id).unwrap_or(0), // 0 is refused
+        event_flag: default_event_flag(channel_id),
     }
+}
+
+/// The event flag of a channel whose guest names none.
+pub(crate) fn default_event_flag(channel_id: u32) -> u16 {
+    u16::try_from(channel_id).unwrap_or(0) // 0 is refused
 }
 
 impl OpenParams {
@@ -401,6 +450,17 @@ impl OpenParams {
             user_data: [0; kmcl::bus::USER_DATA_SIZE],
         }
     }
+}
+
+fn ring_pfns<'a>(
+    channel_id: u32,
+    open: &OpenParams,
+    pages: Result<&'a GpadlPages, GpadlRefusal>,
+) -> Result<(&'a [u64], &'a [u64]), Refusal> {
+    let gpadl = open.ring_gpadl;
+    let refuse = |reason| Refusal::Ring { channel_id, gpadl, reason };
+    let pages = pages.map_err(|reason| refuse(reason.into()))?;
+    split_ring(pages, open.downstream_page_offset).map_err(refuse)
 }
 
 /// The pages of the guest-to-host ring and of the host-to-guest ring.

@@ -40,16 +40,17 @@ pub struct OutgoingMessage {
     pub message: MessageBuffer,
     /// It answers a message about a reserved channel: neither PAUSE nor UNLOAD holds it up, since a
     /// crashed guest waits for it.
-    for_reserved: bool,
+    pub(crate) for_reserved: bool,
 }
 
 /// The messages that wait.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Outgoing {
-    queue: VecDeque<OutgoingMessage>,
-    serials: u64,
+    pub(crate) queue: VecDeque<OutgoingMessage>,
+    /// The last number given to a message.
+    pub(crate) serials: u64,
     /// While the guest has paused the connection: as many from the front may still leave.
-    before_pause: Option<usize>,
+    pub(crate) before_pause: Option<usize>,
 }
 
 impl Outgoing {

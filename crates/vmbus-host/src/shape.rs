@@ -2,7 +2,7 @@
 //! many virtual processors there are.
 
 use vmbus_memory::GuestMemory;
-use vmbus_wire::PAGE_SHIFT;
+use vmbus_wire::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE};
 
 /// The guest's machine, as plain data.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -57,9 +57,46 @@ impl RamMap {
     /// Whether page frame `pfn` is RAM.
     #[must_use]
     pub fn contains(&self, pfn: u64) -> bool {
+        self.run_of(pfn).is_some()
+    }
+
+    /// Whether `gpa` is the address of a page that is RAM.
+    pub(crate) fn is_page(&self, gpa: u64) -> bool {
+        gpa.is_multiple_of(PAGE_SIZE as u64) && self.contains(gpa >> PAGE_SHIFT)
+    }
+
+    fn run_of(&self, pfn: u64) -> Option<(u64, u64)> {
         let above = self.runs.partition_point(|(first, _)| *first <= pfn);
         let run = above.checked_sub(1).and_then(|index| self.runs.get(index));
-        run.is_some_and(|(_, end)| pfn < *end)
+        run.copied().filter(|(_, end)| pfn < *end)
+    }
+
+    /// The first of these page frames that is not RAM.
+    pub(crate) fn first_outside(&self, pfns: &[u64]) -> Option<u64> {
+        // Most often all are in one run, and then one comparison each tells so.
+        let run = pfns.first().and_then(|first| self.run_of(*first));
+        let (first, pages) = run.map_or((0, 0), |(first, end)| (first, end - first));
+        if pfns.iter().all(|pfn| pfn.wrapping_sub(first) < pages) {
+            return None;
+        }
+        pfns.iter().copied().find(|pfn| !self.contains(*pfn))
+    }
+
+    /// The runs: the first page frame of each, and the one behind its last; ascending, without overlap
+    /// or neighbours.
+    #[must_use]
+    pub fn runs(&self) -> &[(u64, u64)] {
+        &self.runs
+    }
+
+    /// Adds a run behind the others, if it is one that does not touch them.
+    pub(crate) fn push_run(&mut self, first: u64, end: u64) -> bool {
+        let behind = self.runs.last().is_none_or(|(_, last)| *last < first);
+        let fits = behind && first < end && end <= MAX_PFN + 1;
+        if fits {
+            self.runs.push((first, end));
+        }
+        fits
     }
 
     /// Number of pages.
@@ -87,6 +124,17 @@ mod tests {
         for pfn in 0..20 {
             assert_eq!(ram.contains(pfn), expected.contains(&pfn), "pfn {pfn}");
         }
+        for (pfns, outside) in [
+            (&[][..], None),
+            (&[0, 2, 1], None),
+            (&[0, 6, 11], None),
+            (&[0, 3, 4], Some(3)),
+            (&[4, 3], Some(4)),
+            (&[11, 0, u64::MAX], Some(u64::MAX)),
+        ] {
+            assert_eq!(ram.first_outside(pfns), outside, "{pfns:?}");
+        }
+        assert_eq!(RamMap::default().first_outside(&[0]), Some(0));
         assert_eq!(ram.pages(), 7);
         assert!(!RamMap::default().contains(0));
         let top = RamMap::new([(u64::MAX - 0x1fff, u64::MAX)]);

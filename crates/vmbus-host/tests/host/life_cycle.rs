@@ -195,6 +195,7 @@ fn outcome(machine: &mut Machine, offer: OfferId, accepted: bool) -> String {
     for effect in machine.effects() {
         told.push_str(match effect {
             Effect::Open { .. } => "; device: open",
+            Effect::Resume { .. } => "; device: resumed",
             Effect::Close { tell_device: true, .. } => "; device: closed",
             Effect::Close { tell_device: false, .. } => "; signals off",
             Effect::Retarget { .. } => "; retarget",
@@ -284,7 +285,7 @@ open + INITIATE_CONTACT = hidden closing, disconnecting; device: closed
 open + UNLOAD = hidden closing, disconnecting; device: closed
 open + guest reset = hidden closing, disconnecting; device: closed
 open + device accepts = offered open
-open + device refuses = offered open
+open + device refuses = offered abandoned; signals off
 open + device lets go = offered abandoned; signals off
 open + device withdraws = rescinded closing; RESCIND_CHANNEL_OFFER; signals off
 abandoned + OPEN = offered abandoned; refused; OPEN_CHANNEL_RESULT (failed)
@@ -412,7 +413,7 @@ reserved, open + INITIATE_CONTACT = hidden closing, disconnecting; device: close
 reserved, open + UNLOAD = hidden open reserved, disconnected; UNLOAD_COMPLETE
 reserved, open + guest reset = hidden closing, disconnecting; device: closed
 reserved, open + device accepts = offered open reserved
-reserved, open + device refuses = offered open reserved
+reserved, open + device refuses = offered abandoned reserved; signals off
 reserved, open + device lets go = offered abandoned reserved; signals off
 reserved, open + device withdraws = rescinded closing; RESCIND_CHANNEL_OFFER; signals off
 reserved, closing + OPEN = offered reopening
@@ -460,7 +461,7 @@ unloaded, reserved open + INITIATE_CONTACT = hidden closing, disconnecting; devi
 unloaded, reserved open + UNLOAD = hidden open reserved, disconnected; UNLOAD_COMPLETE
 unloaded, reserved open + guest reset = hidden closing, disconnecting; device: closed
 unloaded, reserved open + device accepts = hidden open reserved, disconnected
-unloaded, reserved open + device refuses = hidden open reserved, disconnected
+unloaded, reserved open + device refuses = hidden closed, disconnected; signals off
 unloaded, reserved open + device lets go = hidden closed, disconnected; signals off
 unloaded, reserved open + device withdraws = released closing, disconnected; signals off
 unloading + OPEN = hidden closing, disconnecting; refused

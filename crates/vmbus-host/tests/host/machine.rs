@@ -1,8 +1,10 @@
 //! A host with a guest and devices that do what a test tells them.
 
 use kmcl::bus::Offer;
+use saved_state::Save;
 use vmbus_host::{
-    Config, Effect, GuestShape, Host, OfferId, OfferParams, PostError, RamMap, SlotId, Usage,
+    Config, Effect, GuestShape, Host, OfferId, OfferParams, PostError, RamMap, SaveOptions, SlotId,
+    Usage,
 };
 use vmbus_wire::guid::Guid;
 use vmbus_wire::status::NtStatus;
@@ -39,6 +41,13 @@ pub(crate) fn config() -> Config {
 
 /// VP 0, SINT 2.
 pub(crate) const SLOT: SlotId = SlotId { vp: 0, sint: 2 };
+
+/// The state of a host, as bytes.
+pub(crate) fn saved(host: &Host) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    host.save(&SaveOptions::default()).unwrap().write_to(&mut bytes).unwrap();
+    bytes
+}
 
 #[derive(Clone)]
 pub(crate) struct Machine {
@@ -113,6 +122,8 @@ impl Machine {
     #[track_caller]
     pub(crate) fn check(&self) {
         assert_eq!(self.host.violations(), Vec::<String>::new(), "{:#?}", self.host);
+        // Whatever step it is: it could be saved here, and would go on elsewhere as if nothing had been.
+        assert_eq!(Host::restore(&saved(&self.host)).as_ref(), Ok(&self.host));
     }
 
     /// Takes the messages that wait, which must all go to VP 0, SINT 2.
@@ -135,6 +146,12 @@ impl Machine {
 
     pub(crate) fn effects(&mut self) -> Vec<Effect> {
         std::mem::take(&mut self.effects)
+    }
+
+    /// What a restored host wants done.
+    pub(crate) fn go_on(&mut self) {
+        self.host.go_on(&mut self.effects);
+        self.check();
     }
 
     pub(crate) fn offer(&mut self, number: u32) -> OfferId {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
 use vmbus_host::limits::MAX_OUTGOING_MESSAGES;
-use vmbus_host::{Config, Effect, OfferId, PostError};
+use vmbus_host::{Config, Effect, Host, OfferId, PostError};
 use vmbus_wire::message::{HostMessage, MessageType};
 use vmbus_wire::status::NtStatus;
 
@@ -235,11 +235,12 @@ proptest! {
         drive(&actions, Config { gpadl_pages: 70, ..config() });
     }
 
-    /// An honest guest gets every answer it waits for exactly once, whenever devices find the time,
-    /// and no memory back that a device still uses.
+    /// An honest guest gets every answer it waits for exactly once, whenever devices find the time, and no
+    /// memory back that a device still uses; however often its host is saved and goes on elsewhere, with
+    /// other devices, at whatever step, and with effects that were not performed.
     #[test]
     fn an_honest_guest_gets_every_answer(
-        steps in proptest::collection::vec((0..14u8, 0..3u8), 1..300),
+        steps in proptest::collection::vec((0..16u8, 0..3u8), 1..300),
     ) {
         let mut world = World::new();
         for (step, which) in steps {
@@ -305,7 +306,9 @@ impl World {
 
     fn plug(&mut self, number: usize) {
         if self.devices[number].offer.is_none() {
-            let id = self.machine.offer(u32::try_from(number).unwrap());
+            let mut params = plain_offer(u32::try_from(number).unwrap());
+            params.force_new_channel = number == 2;
+            let id = self.machine.host.offer(params).unwrap();
             self.devices[number] = Device { offer: Some(id), ..Device::default() };
         }
     }
@@ -340,16 +343,41 @@ impl World {
                 }
             }
             9 if which == 0 => self.unload(),
-            _ => {
-                let channels: Vec<u32> = self.guest.keys().copied().collect();
-                if self.connected
-                    && let Some(channel) = channels.get(which)
-                {
-                    self.act(*channel, step);
-                }
+            14 => self.migrate(),
+            15 => {
+                // What the guest asks for has not been done when the host is saved.
+                let step = 9 + u8::try_from(self.fresh() % 5).unwrap();
+                self.act_on(which, step);
+                self.migrate();
             }
+            _ => self.act_on(which, step),
         }
         self.effects();
+    }
+
+    fn act_on(&mut self, which: usize, step: u8) {
+        let channels: Vec<u32> = self.guest.keys().copied().collect();
+        if self.connected
+            && let Some(channel) = channels.get(which)
+        {
+            self.act(*channel, step);
+        }
+    }
+
+    /// The host is saved, and goes on elsewhere. What was to be done is lost, and so are the devices;
+    /// others take their places.
+    fn migrate(&mut self) {
+        self.machine.effects();
+        self.machine.host = Host::restore(&saved(&self.machine.host)).unwrap();
+        for device in &mut self.devices {
+            (device.ring, device.told) = (None, VecDeque::new());
+        }
+        for params in self.machine.host.devices_have_moved() {
+            assert_eq!(params.key.interface_instance, instance(2));
+            self.devices[2].offer = Some(self.machine.host.offer(params).unwrap());
+        }
+        self.machine.check();
+        self.machine.go_on();
     }
 
     /// The guest does something about a channel that it knows.
@@ -516,6 +544,16 @@ impl World {
                     let vmbus_host::OpenState::Opening(open) = &channel.open else { panic!() };
                     device.ring = Some(open.ring_gpadl);
                     device.told.push_back(true);
+                }
+                Effect::Resume { offer, .. } => {
+                    let device = &mut self.devices[device(offer).unwrap()];
+                    assert!(device.ring.is_none() && device.told.is_empty(), "resumed twice");
+                    let channel = self.machine.host.channel(offer).unwrap();
+                    let vmbus_host::OpenState::Open(open) = &channel.open else { panic!() };
+                    device.ring = Some(open.ring_gpadl);
+                    let before = self.machine.host.clone();
+                    self.machine.open_result(offer, NtStatus::SUCCESS);
+                    assert_eq!(self.machine.host, before, "the guest knows that it is open");
                 }
                 Effect::Close { offer, tell_device: true } => {
                     self.devices[device(offer).unwrap()].told.push_back(false);
