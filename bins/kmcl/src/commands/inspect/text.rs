@@ -177,10 +177,10 @@ fn packets(state: &State, all: bool, rules: bool) -> Vec<String> {
         counts.row(vec![
             number.to_string(),
             stream.packets.len().to_string(),
-            count("never_started"),
+            count("never started"),
             count("cancelled"),
             count("finished"),
-            count("in_ring"),
+            count("in ring"),
             count("queued"),
         ]);
     }
@@ -220,8 +220,8 @@ fn row_of(stream: usize, packet: &Packet) -> Vec<String> {
         stream.to_string(),
         packet.order.to_string(),
         transaction,
-        packet.condition.replace('_', " "),
-        (packet.payload_bytes + packet.completion_bytes).to_string(),
+        packet.condition.to_owned(),
+        (packet.message_bytes + packet.completion_bytes).to_string(),
         packet.own_state_bytes.to_string(),
         cut(packet.request.as_deref().unwrap_or("-"), 24),
     ]

@@ -1,18 +1,15 @@
-//! From bytes to what is in them: streams, records, packets, damage. Everything that is undamaged is
-//! found, whatever comes before it or after it.
+//! From bytes to what is in them, for a report: streams, records, packets, damage.
 
-use saved_state::channel::{Fence, IncomingPacketRecord, OutgoingPacketRecord, Place};
-use saved_state::file::check;
-use saved_state::inspect::{ALL_KINDS, Piece, SeenRecord, What, inspect};
-use saved_state::{Decode, HeaderFlags, ReadError, Record, StreamHeader, StreamKind, Value};
+use saved_state::channel::{INCOMING_PACKET, IncomingPacketRecord};
+use saved_state::inspect::{
+    ALL_KINDS, FilePiece, PacketRow, Piece, SeenRecord, What, inspect_file,
+};
+use saved_state::{Decode, HeaderFlags, ReadError, StreamHeader, Value};
 use serde::Serialize;
 use serde_json::Value as Json;
 use vsc_storage::wire::SCSI_INTERFACE;
 use vsc_storage::wire::packet::{Operation, VstorPacket};
 use vsc_storage::wire::scsi::cdb::Command;
-
-/// The first bytes of every stream.
-const MAGIC: &[u8] = &saved_state::header::MAGIC;
 
 /// What is in a file.
 #[derive(Debug, Default, Serialize)]
@@ -88,11 +85,11 @@ pub(super) struct Packet {
     pub(super) order: u32,
     /// Absent for one that was not in the ring yet.
     pub(super) transaction_id: Option<u64>,
-    /// `never_started`, `cancelled`, `finished`; for outgoing ones `queued`, `in_ring`.
+    /// `never started`, `cancelled`, `finished`; for outgoing ones `queued`, `in ring`.
     pub(super) condition: &'static str,
-    pub(super) payload_bytes: usize,
+    pub(super) message_bytes: usize,
     /// Of the description of external data, not of the data.
-    pub(super) extension_bytes: usize,
+    pub(super) external_bytes: usize,
     /// What the device, or the driver, saved with it.
     pub(super) own_state_bytes: usize,
     pub(super) completion_bytes: usize,
@@ -115,29 +112,30 @@ impl State {
     /// Walks through `bytes` to their end.
     pub(super) fn read(bytes: &[u8]) -> Self {
         let mut state = Self { bytes: bytes.len() as u64, ..Self::default() };
-        let mut at = 0;
-        loop {
-            at += state.read_stream(bytes.get(at..).unwrap_or_default(), at as u64);
-            if at >= bytes.len() {
-                break;
+        let (mut header_is_damaged, mut before_is_damaged) = (false, false);
+        for FilePiece { stream, listed, mut piece, misplaced } in inspect_file(bytes, ALL_KINDS) {
+            let number = stream as usize;
+            while state.streams.len() <= number {
+                let name = listed.as_ref().map(|entry| entry.name.to_string());
+                let offset = piece.offset;
+                state.streams.push(Stream { offset, name, ..Stream::default() });
+                (header_is_damaged, before_is_damaged) = (false, false);
+            }
+            if follows(&piece, header_is_damaged, before_is_damaged) {
+                piece.damage = None;
+            }
+            before_is_damaged = piece.damage.is_some();
+            header_is_damaged |= before_is_damaged && matches!(piece.what, What::Header(_));
+            let what = piece.damage.as_ref().map(text_of);
+            for what in what.into_iter().chain(misplaced.map(|error| error.to_string())) {
+                let (offset, bytes) = (piece.offset, piece.length);
+                state.damage.push(Damage { stream: number, offset, bytes, what });
+            }
+            if let Some(stream) = state.streams.get_mut(number) {
+                stream.add(&piece);
             }
         }
-        state.name_streams();
-        if state.damage.is_empty() {
-            state.damage.extend(state.compare_streams(bytes));
-        }
         state
-    }
-
-    /// Compares the streams with the file's list of them and with each other, where each by itself is
-    /// undamaged and there is a list.
-    fn compare_streams(&self, bytes: &[u8]) -> Option<Damage> {
-        let kind = |stream: &Stream| stream.header.as_ref().map(|header| header.kind.clone());
-        if self.streams.first().and_then(kind) != Some(StreamKind::CONTENTS.to_string()) {
-            return None;
-        }
-        let error = check(bytes, ALL_KINDS).err()?;
-        Some(Damage { stream: 0, offset: 0, bytes: 0, what: error.to_string() })
     }
 
     /// Whether this is no saved state at all.
@@ -147,58 +145,6 @@ impl State {
 
     pub(super) fn chunks(&self) -> u64 {
         self.streams.iter().map(|stream| stream.chunks).sum()
-    }
-
-    /// Walks through the stream at the start of `rest`, which is at `base` in the file, and returns
-    /// how many bytes it takes.
-    fn read_stream(&mut self, rest: &[u8], base: u64) -> usize {
-        let mut stream = Stream { offset: base, ..Stream::default() };
-        let mut end = rest.len();
-        let (mut header_is_damaged, mut before_is_damaged) = (false, false);
-        for mut piece in inspect(rest, ALL_KINDS) {
-            if follows(&piece, header_is_damaged, before_is_damaged) {
-                piece.damage = None;
-            }
-            before_is_damaged = piece.damage.is_some();
-            header_is_damaged |= before_is_damaged && matches!(piece.what, What::Header(_));
-            let mut length = piece.length;
-            let after = usize::try_from(piece.offset + length).unwrap_or(rest.len());
-            let mut over = None;
-            if let Some(damage) = &piece.damage {
-                if let What::Stray = piece.what {
-                    // Where the end of a stream is damaged, the next one is found by its header.
-                    let from = usize::try_from(piece.offset).unwrap_or(rest.len());
-                    over = next_stream(rest.get(from..after).unwrap_or_default(), rest, from);
-                    length = over.map_or(length, |over| over as u64 - piece.offset);
-                }
-                self.damage.push(Damage {
-                    stream: self.streams.len(),
-                    offset: base + piece.offset,
-                    bytes: length,
-                    what: text_of(damage),
-                });
-            }
-            if stream.add(&piece, base) {
-                over = Some(after);
-            }
-            if let Some(over) = over {
-                end = over;
-                break;
-            }
-        }
-        stream.bytes = end as u64;
-        self.streams.push(stream);
-        end.max(1)
-    }
-
-    /// Gives each stream the name that the list at the start of the file has for it.
-    fn name_streams(&mut self) {
-        let Some((list, others)) = self.streams.split_first_mut() else { return };
-        let entries = list.records.iter().filter(|record| record.record == "file.stream");
-        for (stream, entry) in others.iter_mut().zip(entries) {
-            let name = entry.fields.iter().find(|(name, _)| name == "name");
-            stream.name = name.and_then(|(_, name)| name.as_str()).map(str::to_owned);
-        }
     }
 }
 
@@ -216,13 +162,6 @@ fn follows(piece: &Piece<'_>, header_is_damaged: bool, before_is_damaged: bool) 
     }
 }
 
-/// Where in `rest` the next stream begins, looked for in `stray`, which is at `from` in it.
-fn next_stream(stray: &[u8], rest: &[u8], from: usize) -> Option<usize> {
-    let places = stray.windows(MAGIC.len()).enumerate().skip(1);
-    let mut headers = places.filter(|(_, bytes)| *bytes == MAGIC).map(|(at, _)| from + at);
-    headers.find(|at| StreamHeader::read(rest.get(*at..).unwrap_or_default()).is_ok())
-}
-
 /// What is wrong, without the place: that is told from the start of the file.
 fn text_of(error: &ReadError) -> String {
     match error {
@@ -235,26 +174,24 @@ fn text_of(error: &ReadError) -> String {
 }
 
 impl Stream {
-    /// Adds a piece of the stream; says whether it was the last one.
-    fn add(&mut self, piece: &Piece<'_>, base: u64) -> bool {
+    fn add(&mut self, piece: &Piece<'_>) {
+        self.bytes += piece.length;
         match &piece.what {
             What::Header(Some(header)) => {
                 self.chunks += 1;
                 self.header = Some(Header::of(header));
-                false
             }
             What::Record(record) if piece.damage.is_none() => {
                 self.chunks += 1;
-                self.add_record(record, piece, base);
-                record.last
+                self.add_record(record, piece);
             }
-            _ => false,
+            _ => {}
         }
     }
 
-    fn add_record(&mut self, record: &SeenRecord<'_>, piece: &Piece<'_>, base: u64) {
+    fn add_record(&mut self, record: &SeenRecord<'_>, piece: &Piece<'_>) {
         let name = record.name.clone().unwrap_or_else(|| format!("kind {}", record.kind));
-        let (offset, bytes) = (base + piece.offset, piece.length);
+        let (offset, bytes) = (piece.offset, piece.length);
         match self.sizes.iter_mut().find(|tally| tally.record == name) {
             Some(tally) => {
                 tally.count += 1;
@@ -271,37 +208,19 @@ impl Stream {
                 largest_bytes: bytes,
             }),
         }
-        match packet(record) {
-            Some((packet, payload)) => {
-                let scsi = SCSI_INTERFACE.to_string();
-                let is_scsi = self.header.as_ref().is_some_and(|h| h.interface_type == scsi);
-                let request = if is_scsi { request(payload) } else { None };
-                self.packets.push(Packet { offset, bytes, request, ..packet });
-            }
-            None if record.last => {}
-            None => self.records.push(Fields {
+        if let Some(row) = PacketRow::of(record) {
+            let scsi = SCSI_INTERFACE.to_string();
+            let is_scsi = self.header.as_ref().is_some_and(|h| h.interface_type == scsi);
+            let request = if is_scsi { request(record) } else { None };
+            self.packets.push(Packet { offset, bytes, request, ..Packet::of(&row) });
+        } else if !record.last {
+            self.records.push(Fields {
                 record: name,
                 offset,
                 fields: record.fields.clone().flatten().map(|found| field(&found)).collect(),
-            }),
+            });
         }
     }
-}
-
-/// The packet in a record, and its message, if it is one.
-fn packet<'a>(record: &SeenRecord<'a>) -> Option<(Packet, &'a [u8])> {
-    if !record.known {
-        return None;
-    }
-    if record.kind == IncomingPacketRecord::KIND.kind {
-        let packet = IncomingPacketRecord::decode(record.payload).ok()?;
-        return Some((Packet::incoming(&packet), packet.payload));
-    }
-    if record.kind == OutgoingPacketRecord::KIND.kind {
-        let packet = OutgoingPacketRecord::decode(record.payload).ok()?;
-        return Some(Packet::outgoing(&packet));
-    }
-    None
 }
 
 /// A field's name and value; of bytes, only how many.
@@ -336,52 +255,30 @@ impl Header {
 }
 
 impl Packet {
-    fn incoming(record: &IncomingPacketRecord<'_>) -> Self {
-        let (condition, completion) = match record.fence {
-            Fence::NeverStarted => ("never_started", &[][..]),
-            Fence::Cancelled => ("cancelled", &[][..]),
-            Fence::Finished { completion } => ("finished", completion),
-        };
+    fn of(row: &PacketRow<'_>) -> Self {
         Self {
             offset: 0,
             bytes: 0,
-            incoming: true,
-            order: record.order,
-            transaction_id: Some(record.transaction_id),
-            condition,
-            payload_bytes: record.payload.len(),
-            extension_bytes: record.extension.len(),
-            own_state_bytes: record.device_state.len(),
-            completion_bytes: completion.len(),
+            incoming: row.incoming,
+            order: row.order,
+            transaction_id: row.transaction_id,
+            condition: row.condition,
+            message_bytes: row.message_bytes,
+            external_bytes: row.external_bytes,
+            own_state_bytes: row.own_state.len(),
+            completion_bytes: row.completion_bytes,
             request: None,
         }
     }
-
-    fn outgoing<'a>(record: &OutgoingPacketRecord<'a>) -> (Self, &'a [u8]) {
-        let (condition, transaction_id, message) = match record.place {
-            Place::Queued { message, .. } => ("queued", None, message),
-            Place::InRing { transaction_id } => ("in_ring", Some(transaction_id), &[][..]),
-        };
-        let packet = Self {
-            offset: 0,
-            bytes: 0,
-            incoming: false,
-            order: record.order,
-            transaction_id,
-            condition,
-            payload_bytes: message.len(),
-            extension_bytes: record.extension.len(),
-            own_state_bytes: record.driver_state.len(),
-            completion_bytes: 0,
-            request: None,
-        };
-        (packet, message)
-    }
 }
 
-/// What a packet asks for, if it is one of the storage protocol.
-fn request(payload: &[u8]) -> Option<String> {
-    let (packet, _) = VstorPacket::parse(payload).ok()?;
+/// What a guest's packet asks for, if it is one of the storage protocol.
+fn request(record: &SeenRecord<'_>) -> Option<String> {
+    if record.kind != INCOMING_PACKET {
+        return None;
+    }
+    let packet = IncomingPacketRecord::decode(record.payload).ok()?;
+    let (packet, _) = VstorPacket::parse(packet.payload).ok()?;
     if packet.operation != Operation::EXECUTE_SRB {
         return packet.operation.name().map(|name| name.to_lowercase().replace('_', " "));
     }

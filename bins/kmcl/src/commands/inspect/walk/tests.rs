@@ -1,6 +1,8 @@
 //! Saved states, whole and damaged, and what is found in them.
 
 use kmcl::Guid;
+use saved_state::StreamKind;
+use saved_state::channel::Fence;
 use saved_state::channel::{ChannelRecord, HandedBack, KINDS, Side};
 use saved_state::file::FileWriter;
 use saved_state::testing::{chunk_ranges, rechain, stream_ranges};
@@ -113,10 +115,10 @@ fn a_whole_file_is_explained() {
     assert_eq!(state.streams.iter().map(|stream| stream.bytes).sum::<u64>(), file.len() as u64);
     let packets = &state.streams[1].packets;
     let conditions: Vec<_> = packets.iter().map(|packet| packet.condition).collect();
-    assert_eq!(conditions, ["never_started", "cancelled", "finished", "never_started"]);
+    assert_eq!(conditions, ["never started", "cancelled", "finished", "never started"]);
     assert_eq!(packets[2].request.as_deref(), Some("write 8 blocks at 16"));
     assert_eq!((packets[2].transaction_id, packets[2].completion_bytes), (Some(9), 64));
-    assert_eq!((packets[2].payload_bytes, packets[2].own_state_bytes), (64, 9));
+    assert_eq!((packets[2].message_bytes, packets[2].own_state_bytes), (64, 9));
     let sizes = &state.streams[1].sizes;
     assert_eq!(sizes.iter().map(|tally| tally.count).collect::<Vec<_>>(), [1, 4, 1]);
     let header = state.streams[1].header.as_ref().unwrap();
@@ -205,7 +207,7 @@ proptest::proptest! {
     ) {
         let state = State::read(&bytes);
         proptest::prop_assert!(state.damage.len() <= bytes.len() + 1);
-        proptest::prop_assert!(state.is_foreign() || bytes.starts_with(MAGIC));
+        proptest::prop_assert!(state.is_foreign() || bytes.starts_with(b"\x89KMCL"));
         let good = file();
         let cut = cut.min(good.len());
         let state = State::read(&[&good[..cut], &bytes, &good[cut..]].concat());
