@@ -370,6 +370,12 @@ impl<R: Read> StreamInput<'_, R> {
         self.file.current().0
     }
 
+    /// Where it begins in the file, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.file.input.stream_start()
+    }
+
     /// What is listed. Its header agrees.
     #[must_use]
     pub fn entry(&self) -> &StreamEntry {
