@@ -87,6 +87,12 @@ impl<'a> Chunk<'a> {
         self.framed.bytes
     }
 
+    /// The message of its record, to be decoded later.
+    #[must_use]
+    pub fn message(&self) -> &'a [u8] {
+        self.framed.payload
+    }
+
     /// Its record.
     ///
     /// # Errors
