@@ -344,6 +344,13 @@ impl Channel {
         lock(&self.shared.control).user_data
     }
 
+    /// Whether the channel was open before a restore, and its client knows of nothing else: valid from
+    /// the `opened` callback on, for devices that begin anew with a new client. An extension.
+    #[must_use]
+    pub fn is_resumed(&self) -> bool {
+        lock(&self.shared.control).resumed
+    }
+
     /// Client: pages that the server can reach, for external data and GPADLs.
     ///
     /// # Errors
@@ -585,8 +592,14 @@ impl Channel {
 
     /// Ends a packet without a completion, and deliveries with it (D-36).
     pub(crate) fn fail(&self, body: Box<Body>) {
+        let consequences = {
+            let mut traffic = self.traffic();
+            if traffic.is_stale(&body) {
+                return;
+            }
+            traffic.retire(body)
+        };
         self.stop(ChannelError::PacketFailed);
-        let consequences = self.traffic().retire(body);
         self.follow(consequences);
     }
 

@@ -1,7 +1,6 @@
 //! Performs what the life cycle asks for: takes letters out of the mailbox, steps the pure machine,
 //! and does the effects in order, callbacks included, with no lock held.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -41,6 +40,8 @@ pub(crate) struct Control {
     failure: NtStatus,
     pub(crate) memory: Option<GuestMemory>,
     pub(crate) user_data: Option<[u8; USER_DATA_SIZE]>,
+    /// The rings are those of an open before a restore.
+    pub(crate) resumed: bool,
     pub(crate) instance: Option<Guid>,
     pub(crate) mmio: Option<(u64, u64)>,
 }
@@ -77,6 +78,7 @@ impl Control {
             failure: NtStatus::UNSUCCESSFUL,
             memory: None,
             user_data: None,
+            resumed: false,
             instance: None,
             mmio: None,
         }
@@ -389,11 +391,13 @@ impl Channel {
         }
         self.clear_stop();
         let bodies = pool::fill(&settings, &rings.memory, rings.residency.as_ref());
-        self.traffic().attach(writer, rings.signal, bodies, settings.completion_size());
+        let completion_size = settings.completion_size();
+        self.traffic().attach(writer, rings.signal, bodies, completion_size, rings.resumed);
         let is_pipe = settings.is_pipe();
         let mut receiver = Box::new(Receiver::new(reader, settings.process_packet, is_pipe));
         receiver.mask();
         self.with_receiver(|_| Some(receiver));
+        lock(&self.shared.control).resumed = rings.resumed;
         self.install_restored(rings.resumed).map_err(|error| {
             tracing::warn!(channel = %self.name(), %error, "open refused: the saved state does not fit");
             error.status()
@@ -436,24 +440,16 @@ impl Channel {
     }
 
     fn detach(&self) {
-        let mut line = VecDeque::new();
-        self.with_receiver(|receiver| {
-            if let Some(mut receiver) = receiver {
-                line = std::mem::take(receiver.line());
-            }
-            None
-        });
-        {
-            let mut traffic = self.traffic();
-            line.into_iter().for_each(|waiting| traffic.discard(waiting.body));
-            traffic.detach();
-        }
+        // With what waits in front of the ring: it belonged to this opening.
+        self.with_receiver(|_| None);
+        self.traffic().detach();
         self.clear_stop();
         self.shared.mailbox.clear_answers();
         {
             let mut control = lock(&self.shared.control);
             control.memory = None;
             control.user_data = None;
+            control.resumed = false;
         }
         // What slipped in between the cancelling and now.
         self.cancel_outgoing(NtStatus::DEVICE_REMOVED);
@@ -480,7 +476,7 @@ impl Channel {
         self.clear_stop();
         self.shared.mailbox.clear_answers();
         let mut control = lock(&self.shared.control);
-        (control.memory, control.user_data) = (None, None);
+        (control.memory, control.user_data, control.resumed) = (None, None, false);
     }
 
     fn disconnect(&self) {
@@ -565,10 +561,22 @@ impl<'a> Stepping<'a> {
     }
 }
 
+impl Channel {
+    /// The right to step, for calls that change the channel beside its life cycle. `None` inside a
+    /// callback.
+    pub(crate) fn stepping(&self) -> Option<Stepping<'_>> {
+        if self.in_packet_callback() { None } else { Stepping::wait(self) }
+    }
+}
+
 impl Drop for Stepping<'_> {
     fn drop(&mut self) {
         self.0.shared.control_thread.store(0, Ordering::Release);
         self.0.shared.mailbox.pass_on();
+        // Asked for by a callback, which could not wait for its own end.
+        if let Some(number) = self.0.shared.hold.take_thaw_later() {
+            self.0.thaw(number);
+        }
     }
 }
 

@@ -26,11 +26,15 @@ use crate::save::{ChannelSave, SaveOptions};
 /// is held, or [hands them over](crate::Fenced::hand_over). When none is running the channel can be
 /// saved ([`Frozen::save`]).
 ///
-/// [`Channel::disable`] thaws the channel first.
+/// [`Channel::disable`] thaws the channel first, and leaves this without a meaning: nothing is saved or
+/// moved with it any more. [`Channel::pause`] only leaves word, and returns: the channel is paused
+/// after it has thawed.
 #[derive(Debug)]
 #[must_use = "a channel that is not kept frozen thaws at once"]
 pub struct Frozen {
     channel: Channel,
+    /// Which freeze of the channel it is.
+    number: u64,
 }
 
 impl Channel {
@@ -39,21 +43,22 @@ impl Channel {
     /// that runs, and for nothing else.
     ///
     /// # Errors
-    /// [`Error::State`] for a client's channel, one that is Disabled, frozen or being saved, and
-    /// inside a callback.
+    /// [`Error::State`] for a client's channel, one that is Disabled, frozen, being saved or restored,
+    /// and inside a callback.
     pub fn freeze(&self) -> Result<Frozen, Error> {
         let wrong = || Error::State { function: "freeze", state: self.state() };
-        if self.side() != Side::Server || self.in_packet_callback() {
+        let stepping = self.stepping().ok_or_else(wrong)?;
+        if self.side() != Side::Server
+            || self.state() == ChannelState::Disabled
+            || self.is_being_restored()
+        {
             return Err(wrong());
         }
-        let stepping = Stepping::wait(self).ok_or_else(wrong)?;
-        if self.state() == ChannelState::Disabled || !self.shared.hold.freeze() {
-            return Err(wrong());
-        }
+        let number = self.shared.hold.freeze().ok_or_else(wrong)?;
         self.set_queue_on(false);
         self.with_line(|traffic, line| traffic.freeze(line));
         let process = self.settings().process_packet;
-        let frozen = Frozen { channel: self.clone() };
+        let frozen = Frozen { channel: self.clone(), number };
         if let Some(process) = process {
             process.freeze(self);
         }
@@ -67,11 +72,25 @@ impl Channel {
         self.shared.hold.is_frozen()
     }
 
-    /// Ends the freeze, and the save with it.
-    fn thaw(&self) {
-        let Some(stepping) = Stepping::wait(self) else { return };
-        if !self.shared.hold.thaw() {
-            return;
+    /// Ends that freeze, and the save with it; inside a callback of this very channel, which is one
+    /// that saves a packet, once that has returned.
+    pub(crate) fn thaw(&self, number: u64) {
+        match self.stepping() {
+            Some(stepping) => {
+                let thawed = self.thaw_as(&stepping, Some(number));
+                drop(stepping);
+                if thawed {
+                    self.drive_unless_driven();
+                }
+            }
+            None => self.shared.hold.thaw_later(number),
+        }
+    }
+
+    /// Whoever has the right to step thaws the channel; `false` if it is not frozen like that.
+    fn thaw_as(&self, _right: &Stepping<'_>, number: Option<u64>) -> bool {
+        if !self.shared.hold.thaw(number) {
+            return false;
         }
         let process = self.settings().process_packet;
         if let Some(process) = process {
@@ -81,8 +100,7 @@ impl Channel {
         if self.state() == ChannelState::Active {
             self.set_queue_on(true);
         }
-        drop(stepping);
-        self.drive_unless_driven();
+        true
     }
 
     /// Lets traffic go on that was made to stand still.
@@ -102,10 +120,11 @@ impl Channel {
         if !self.shared.hold.is_held() {
             return;
         }
+        let Some(stepping) = self.stepping() else { return };
         if self.shared.hold.end_save(None) {
             self.resume_traffic();
         }
-        self.thaw();
+        self.thaw_as(&stepping, None);
     }
 }
 
@@ -151,16 +170,19 @@ impl Frozen {
     ///
     /// # Errors
     /// [`Error::Running`] while the device has packets that it has neither completed nor handed over;
-    /// [`Error::State`] while another save is under way.
+    /// [`Error::State`] while another save is under way, and once the channel was disabled.
     pub fn save(&self) -> Result<ChannelSave, Error> {
-        self.channel.save()
+        self.save_with(&SaveOptions::default())
     }
 
     /// As [`Self::save`], in another version of the format or another program's name.
     ///
     /// # Errors
-    /// As for [`Channel::save_with`].
+    /// As for [`Self::save`], and [`Error::Format`].
     pub fn save_with(&self, options: &SaveOptions) -> Result<ChannelSave, Error> {
+        if !self.channel.shared.hold.is_frozen_as(self.number) {
+            return Err(Error::State { function: "save", state: self.channel.state() });
+        }
         self.channel.save_with(options)
     }
 
@@ -173,17 +195,24 @@ impl Frozen {
     /// Ends the channel here, because it goes on elsewhere: completions that were held, packets that
     /// were handed over, and the driver's packets in flight are forgotten; no callback runs, and the
     /// peer learns nothing. The channel is Disabled then.
+    ///
+    /// What the state does not have is lost with it: packets that the driver sent after the last save
+    /// began, and those that are still running. Completing these later does nothing.
     pub fn move_away(self) {
         let channel = &self.channel;
-        let Some(_stepping) = Stepping::wait(channel) else { return };
-        if channel.shared.hold.thaw() {
+        let Some(stepping) = channel.stepping() else { return };
+        if channel.shared.hold.thaw(Some(self.number)) {
             channel.step(Event::MovedAway);
         }
+        drop(stepping);
+        channel.drive_unless_driven();
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        self.channel.thaw();
+        if self.channel.shared.hold.is_frozen_as(self.number) {
+            self.channel.thaw(self.number);
+        }
     }
 }

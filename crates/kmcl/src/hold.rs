@@ -17,12 +17,23 @@ pub(crate) struct Hold {
 
 #[derive(Default)]
 struct Inner {
-    frozen: bool,
+    /// The number of the freeze under way.
+    frozen: Option<u64>,
     /// The number of the save under way.
     saving: Option<u64>,
-    saves: u64,
+    /// Freezes and saves begun so far: what was begun once cannot end what was begun later.
+    begun: u64,
+    /// A thaw that was asked for inside a callback.
+    thaw_later: Option<u64>,
     /// Woken when a frozen channel has settled.
     waker: Option<Waker>,
+}
+
+impl Inner {
+    fn next(&mut self) -> u64 {
+        self.begun += 1;
+        self.begun
+    }
 }
 
 impl Hold {
@@ -31,29 +42,42 @@ impl Hold {
     }
 
     pub(crate) fn is_frozen(&self) -> bool {
-        lock(&self.inner).frozen
+        lock(&self.inner).frozen.is_some()
     }
 
-    /// `false` if it is frozen already, or being saved.
-    pub(crate) fn freeze(&self) -> bool {
+    pub(crate) fn is_frozen_as(&self, number: u64) -> bool {
+        lock(&self.inner).frozen == Some(number)
+    }
+
+    /// The number of a freeze that begins, unless the channel is frozen already, or being saved.
+    pub(crate) fn freeze(&self) -> Option<u64> {
         let mut inner = lock(&self.inner);
-        if inner.frozen || inner.saving.is_some() {
+        if inner.frozen.is_some() || inner.saving.is_some() {
+            return None;
+        }
+        inner.frozen = Some(inner.next());
+        self.held.store(true, Ordering::SeqCst);
+        inner.frozen
+    }
+
+    /// Ends that freeze, or any, and a save with it; `false` if there is none.
+    pub(crate) fn thaw(&self, number: Option<u64>) -> bool {
+        let mut inner = lock(&self.inner);
+        if inner.frozen.is_none() || (number.is_some() && inner.frozen != number) {
             return false;
         }
-        inner.frozen = true;
-        self.held.store(true, Ordering::SeqCst);
+        (inner.frozen, inner.saving, inner.waker) = (None, None, None);
+        self.held.store(false, Ordering::SeqCst);
         true
     }
 
-    /// Ends the freeze, and a save with it; `false` if there is none.
-    pub(crate) fn thaw(&self) -> bool {
-        let mut inner = lock(&self.inner);
-        let was = std::mem::take(&mut inner.frozen);
-        if was {
-            (inner.saving, inner.waker) = (None, None);
-            self.held.store(false, Ordering::SeqCst);
-        }
-        was
+    /// Has that freeze ended when the present callback has returned.
+    pub(crate) fn thaw_later(&self, number: u64) {
+        lock(&self.inner).thaw_later = Some(number);
+    }
+
+    pub(crate) fn take_thaw_later(&self) -> Option<u64> {
+        lock(&self.inner).thaw_later.take()
     }
 
     /// The number of a save that begins, unless one is under way.
@@ -62,8 +86,7 @@ impl Hold {
         if inner.saving.is_some() {
             return None;
         }
-        inner.saves += 1;
-        inner.saving = Some(inner.saves);
+        inner.saving = Some(inner.next());
         self.held.store(true, Ordering::SeqCst);
         inner.saving
     }
@@ -79,8 +102,8 @@ impl Hold {
             return false;
         }
         inner.saving = None;
-        self.held.store(inner.frozen, Ordering::SeqCst);
-        !inner.frozen
+        self.held.store(inner.frozen.is_some(), Ordering::SeqCst);
+        inner.frozen.is_none()
     }
 
     pub(crate) fn set_waker(&self, waker: Option<Waker>) {

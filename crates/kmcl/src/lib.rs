@@ -78,7 +78,9 @@ pub use gpadl::GpadlMapping;
 pub use incoming::{IncomingPacket, Level};
 pub use lifecycle::{ChannelState, Side};
 pub use packet::Packet;
-pub use restore::{ChannelRestore, RestoreError, RestoreFromError, Restored};
+pub use restore::{
+    ChannelRestore, RESTORE_BYTES_PER_BYTE, RestoreError, RestoreFromError, Restored,
+};
 pub use save::{ChannelSave, ChannelSaveError, MAX_DRIVER_STATE, SaveContinue, SaveOptions};
 pub use settings::Limits;
 pub use synchronous::Timeout;

@@ -96,14 +96,11 @@ impl PacketBody {
         self.message.extend_from_slice(message.body);
     }
 
-    /// Takes over what a packet was elsewhere: its whole message, headers included, and the description
-    /// of its external data in the ring's own bytes.
-    pub(crate) fn take_over(&mut self, transaction: bool, message: &[u8], extension: &[u8]) {
+    /// Takes over what a server's packet was elsewhere: its whole message, headers included.
+    pub(crate) fn take_over(&mut self, transaction: bool, message: &[u8]) {
         self.transaction = transaction;
+        self.without_external_data();
         self.keep(Message { header: &[], body: message });
-        self.extension.clear();
-        self.extension.resize(extension.len() / 8, 0);
-        self.extension.as_mut_bytes().copy_from_slice(extension);
     }
 
     pub(crate) fn message(&self) -> &[u8] {

@@ -35,6 +35,8 @@ pub(crate) enum External {
 pub(crate) struct Body {
     /// Its number in the order of delivery, on this channel since it opened.
     pub(crate) order: u64,
+    /// The opening of the channel that it belongs to.
+    pub(crate) opening: u64,
     pub(crate) transaction_id: u64,
     pub(crate) wants_completion: bool,
     pub(crate) external: External,
@@ -66,6 +68,7 @@ impl Body {
         let payload = payload.min(INLINE_PAYLOAD).next_multiple_of(8);
         Self {
             order: 0,
+            opening: 0,
             transaction_id: 0,
             wants_completion: false,
             external: External::None,

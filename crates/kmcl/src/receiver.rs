@@ -127,17 +127,11 @@ impl Receiver {
         RingState { data_len: self.reader.data_len(), index: self.reader.read_index() }
     }
 
-    /// Goes on where a saved state says, with the packets that it has. Nothing has changed where it
-    /// fails.
-    pub(crate) fn resume(
-        &mut self,
-        read_index: u32,
-        delivered: u64,
-        line: impl IntoIterator<Item = Waiting>,
-    ) -> Result<(), RingError> {
+    /// Goes on where a saved state says, with so many packets that were delivered already. Nothing has
+    /// changed where it fails.
+    pub(crate) fn resume_at(&mut self, read_index: u32, delivered: u64) -> Result<(), RingError> {
         self.reader.resume_at(read_index)?;
         self.delivered = delivered;
-        self.line.extend(line);
         Ok(())
     }
 

@@ -8,35 +8,43 @@
 //! A channel may be restored before its bus has brought the rings, or after. What belongs to the rings
 //! waits for them, and is dropped if the peer opens the channel anew.
 //!
+//! Memory: what is kept of a stream that nobody has finished is at most
+//! [`RESTORE_BYTES_PER_BYTE`] bytes for each of it, apart from what the driver allocates by itself.
+//!
 //! Source: kmcl-semantics section 15.4; D-5, D-19, D-24 to D-29.
 
 use std::collections::BTreeMap;
 use std::io::Read;
 
 use saved_state::channel::{
-    ChannelRecord, Fence as SavedFence, HandedBack, INCOMING_PACKET, IncomingPacketRecord, KINDS,
-    OUTGOING_PACKET, OutgoingPacketRecord, Place,
+    ChannelRecord, INCOMING_PACKET, IncomingPacketRecord, KINDS, OUTGOING_PACKET,
+    OutgoingPacketRecord, Place,
 };
-use saved_state::input::{ChunkInput, InputError};
-use saved_state::{Chunk, ReadError, StreamKind, StreamReader};
-use vmbus_ring::RingError;
+use saved_state::input::ChunkInput;
+use saved_state::{Chunk, ReadError, Record as _, StreamKind, StreamReader};
 use vmbus_wire::guid::Guid;
-use vmbus_wire::packet::ExtensionError;
-use vmbus_wire::packet::extension::gpa_direct;
 use vmbus_wire::status::NtStatus;
 
 use crate::callbacks::SaveRestorePacket;
 use crate::channel::{Channel, lock};
-use crate::control::Stepping;
 use crate::error::{ChannelError, Error, SendError};
-use crate::fenced::Fence;
 use crate::flags::ServerFlags;
 use crate::lifecycle::{ChannelState, Side};
 use crate::packet::{Packet, PacketBody};
-use crate::pool::{Body, External};
+use crate::receiver::Receiver;
 use crate::settings::{Limits, Settings};
-use crate::traffic::{ResumeError, RingState};
+use crate::traffic::{ResumeError, RingState, Traffic};
 use crate::waiting::{Waiting, Why};
+
+mod error;
+mod packets;
+
+pub use error::{RestoreError, RestoreFromError};
+pub(crate) use packets::Incoming;
+use packets::{check_channel, check_incoming, check_outgoing, fill};
+
+/// Most bytes of memory that a restore takes for each byte that it was given, until it is complete.
+pub const RESTORE_BYTES_PER_BYTE: usize = 8;
 
 /// How far a restore has come.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -59,138 +67,6 @@ impl Restored {
     }
 }
 
-/// Why a channel was not restored. It is as it was before the first chunk.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RestoreError {
-    /// The channel cannot be restored in its present state (D-5).
-    #[error("a channel that is {state:?}, frozen, or at work cannot be restored")]
-    State {
-        /// Where it is.
-        state: ChannelState,
-    },
-    /// The bytes are not a channel's saved state, or damaged, or another channel's.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// The channel was set up otherwise than the one that was saved.
-    #[error("chunk {chunk}: {setting} was {saved}, and is {here} here")]
-    Setting {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// What was set, as the record calls it.
-        setting: &'static str,
-        /// What it was.
-        saved: u64,
-        /// What it is.
-        here: u64,
-    },
-    /// There are more or fewer packets than the channel's record says, or more than a channel has.
-    #[error("{found} {what} packets, {stated} stated, {most} at most")]
-    Count {
-        /// `incoming` or `outgoing`.
-        what: &'static str,
-        /// How many there are, or how many at least.
-        found: u32,
-        /// How many the record states.
-        stated: u32,
-        /// The bound.
-        most: u32,
-    },
-    /// A packet comes before the channel's record, or that record comes twice.
-    #[error("chunk {chunk}: {record} out of order")]
-    Order {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// Its record.
-        record: &'static str,
-    },
-    /// A transaction id that cannot be, or comes twice.
-    #[error("chunk {chunk}: transaction id {transaction_id:#x} is not possible, or there twice")]
-    Transaction {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// The id.
-        transaction_id: u64,
-    },
-    /// A packet is larger than this channel's rings or settings allow.
-    #[error("chunk {chunk}: {field} of {bytes} bytes, at most {most}")]
-    Size {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// Field of its record.
-        field: &'static str,
-        /// Bytes.
-        bytes: u64,
-        /// Most bytes.
-        most: u64,
-    },
-    /// External data that is described wrongly.
-    #[error("chunk {chunk}: extension: {why}")]
-    Extension {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// What is wrong.
-        why: ExtensionError,
-    },
-    /// There are packets of the driver's, and no callbacks to restore them with (D-24).
-    #[error("chunk {chunk}: a packet, and no restore callback is set")]
-    NoCallback {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-    },
-    /// The driver's callback failed (D-26).
-    #[error("chunk {chunk}: the driver cannot restore its packet: {status}")]
-    Driver {
-        /// Place of the chunk in the stream.
-        chunk: u32,
-        /// What it said.
-        status: NtStatus,
-    },
-    /// An index that is none in these rings.
-    #[error("{0}")]
-    Ring(RingError),
-    /// The ring has less free room than the packets had promised to them.
-    #[error("{promised} bytes promised to completions, {free} free in the ring")]
-    Room {
-        /// Bytes.
-        promised: u64,
-        /// Bytes.
-        free: u32,
-    },
-    /// The driver's packets came to use meanwhile, or there is no packet object left.
-    #[error("out of resources: {0}")]
-    Resources(&'static str),
-}
-
-impl RestoreError {
-    /// What VmbChannelRestoreFromBuffer returns for it (D-5, D-19, D-24, D-26, D-29).
-    #[must_use]
-    pub fn status(&self) -> NtStatus {
-        match self {
-            Self::State { .. } | Self::NoCallback { .. } => NtStatus::INVALID_DEVICE_STATE,
-            Self::Read(
-                ReadError::Revision { .. }
-                | ReadError::UnknownFlags { .. }
-                | ReadError::UnknownRecordVersion { .. },
-            ) => NtStatus::REVISION_MISMATCH,
-            Self::Driver { status, .. } => *status,
-            Self::Resources(_) => NtStatus::INSUFFICIENT_RESOURCES,
-            _ => NtStatus::INVALID_PARAMETER_2,
-        }
-    }
-}
-
-/// Why a channel was not restored from a [`Read`].
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreFromError {
-    /// The state does not fit the channel, or is none.
-    #[error(transparent)]
-    State(#[from] RestoreError),
-    /// The bytes cannot be read.
-    #[error(transparent)]
-    Input(#[from] InputError),
-}
-
 /// A restore that is under way. One that is dropped before its end leaves the channel as it was.
 #[derive(Debug)]
 #[must_use = "a restore that is dropped is undone"]
@@ -209,9 +85,7 @@ impl ChannelRestore {
         self.complete |= fed == Ok(Restored::Complete);
         fed
     }
-}
 
-impl ChannelRestore {
     /// Chunks and bytes read so far.
     fn progress(&self) -> (u32, u64) {
         let slot = lock(&self.channel.shared.restore);
@@ -230,6 +104,7 @@ impl Drop for ChannelRestore {
 /// The restore of a channel, if one is under way.
 #[derive(Default)]
 pub(crate) struct RestoreSlot {
+    /// Taken out by the thread that feeds it, which has the right to step the channel.
     state: Option<Box<RestoreState>>,
     /// The packet whose callback runs.
     current: Option<Current>,
@@ -237,57 +112,101 @@ pub(crate) struct RestoreSlot {
     waiting_for_rings: Option<Box<RestoredRings>>,
 }
 
-/// The packet that a driver is asked to restore.
+impl RestoreSlot {
+    /// What waits for rings.
+    pub(crate) fn waiting_for_rings(&self) -> Option<&RestoredRings> {
+        self.waiting_for_rings.as_deref()
+    }
+}
+
+/// The packet that a driver is asked to restore, as it was told to it.
 struct Current {
-    /// Place in the stream and checksum of its chunk: what the driver has to hand back.
-    chunk: u32,
-    checksum: [u8; 4],
+    /// Where the bytes are: who hands back these very ones need not have them checked.
+    address: usize,
     length: usize,
+    /// What a copy of them is known by.
+    chunk: u32,
+    checksum: Option<[u8; 4]>,
     /// Set by [`Packet::restore`].
     restored: Option<Box<PacketBody>>,
+}
+
+impl Current {
+    fn new(chunk: &Chunk<'_>) -> Self {
+        let bytes = chunk.bytes();
+        Self {
+            address: bytes.as_ptr().addr(),
+            length: bytes.len(),
+            chunk: chunk.sequence(),
+            checksum: bytes.last_chunk().copied(),
+            restored: None,
+        }
+    }
+
+    /// Whether these are the bytes that were handed out, or a copy of them. Nothing is read from them
+    /// later: what is done with the packet is up to the original.
+    fn is(&self, bytes: &[u8]) -> bool {
+        bytes.as_ptr().addr() == self.address
+            || (bytes.last_chunk().copied() == self.checksum
+                && Chunk::alone(bytes, KINDS).is_ok_and(|copy| copy.sequence() == self.chunk))
+    }
 }
 
 /// What has come so far.
 struct RestoreState {
     reader: StreamReader,
-    record: Option<ChannelRecord>,
+    /// The channel's record, and its chunk.
+    record: Option<(u32, ChannelRecord)>,
     in_flight: BTreeMap<u64, Box<PacketBody>>,
     queued: Vec<Box<PacketBody>>,
+    /// Outgoing packets, with those that their driver gave up.
     outgoing: u32,
-    /// The chunks of incoming packets, each with its place.
-    incoming: Vec<SavedIncoming>,
-}
-
-/// An incoming packet, until there is a body for it: its chunk, checked.
-struct SavedIncoming {
-    sequence: u32,
-    chunk: Box<[u8]>,
+    incoming: Incoming,
+    /// Scratch space.
+    words: Vec<u64>,
 }
 
 /// What belongs to the rings.
-struct RestoredRings {
-    record: ChannelRecord,
-    incoming: Vec<SavedIncoming>,
+pub(crate) struct RestoredRings {
+    /// The chunk of the record.
+    chunk: u32,
+    pub(crate) record: ChannelRecord,
+    pub(crate) incoming: Incoming,
+}
+
+/// A restore in the hands of the thread that feeds it. Undone when dropped, also by a callback that
+/// panics.
+struct Feeding<'a> {
+    channel: &'a Channel,
+    state: Option<Box<RestoreState>>,
+}
+
+impl Drop for Feeding<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = self.state.take() {
+            self.channel.end_restore(*state);
+        }
+    }
 }
 
 impl Channel {
     /// Begins a restore: see [`ChannelRestore`]. The channel has to be set up as the one that was
     /// saved, callbacks included.
     ///
+    /// Until the restore is complete nothing is sent: what the driver sends waits, and goes behind
+    /// what is restored.
+    ///
     /// # Errors
     /// [`RestoreError::State`] unless the channel is a server's, not Active, not frozen, without
     /// packets in use (D-5), and no other restore is under way.
     pub fn restore(&self) -> Result<ChannelRestore, RestoreError> {
         let wrong = RestoreError::State { state: self.state() };
-        let _stepping = Stepping::wait(self).ok_or(wrong)?;
-        let state = self.new_restore()?;
-        let mut slot = lock(&self.shared.restore);
-        if slot.state.is_some() {
+        let _stepping = self.stepping().ok_or(wrong)?;
+        if self.is_being_restored() {
             return Err(wrong);
         }
-        slot.state = Some(state);
-        drop(slot);
-        self.traffic().set_still(true);
+        let state = self.new_restore()?;
+        lock(&self.shared.restore).state = Some(state);
         Ok(ChannelRestore { channel: self.clone(), complete: false })
     }
 
@@ -318,73 +237,66 @@ impl Channel {
         self.feed(buffer, true)
     }
 
+    /// Whether chunks are expected.
+    pub(crate) fn is_being_restored(&self) -> bool {
+        lock(&self.shared.restore).state.is_some()
+    }
+
     fn new_restore(&self) -> Result<Box<RestoreState>, RestoreError> {
-        let state = self.state();
-        let idle = {
+        let in_use = {
             let traffic = self.traffic();
-            traffic.is_idle() && traffic.in_use() == (0, 0)
+            // Whatever was sent into rings that the peer knows from before would be written over.
+            let untouched = traffic.resumable().is_none_or(|(first, now)| first == now);
+            !untouched || !traffic.is_idle() || traffic.in_use() != (0, 0)
         };
-        if self.side() != Side::Server || !self.may_be_restored() || !idle {
-            return Err(RestoreError::State { state });
+        let waits = lock(&self.shared.restore).waiting_for_rings.is_some();
+        if self.side() != Side::Server || !self.may_be_restored() || in_use || waits {
+            return Err(RestoreError::State { state: self.state() });
         }
         let settings = self.settings();
         let instance = settings.interface_instance.unwrap_or(Guid::ZERO);
         let reader = StreamReader::new(StreamKind::CHANNEL, KINDS);
+        self.traffic().set_restoring(true);
         Ok(Box::new(RestoreState {
             reader: reader.of_interface(settings.interface_type, instance),
             record: None,
             in_flight: BTreeMap::new(),
             queued: Vec::new(),
             outgoing: 0,
-            incoming: Vec::new(),
+            incoming: Incoming::default(),
+            words: Vec::new(),
         }))
     }
 
     /// D-5: initialised, not Active, and nothing on its way between two states.
     fn may_be_restored(&self) -> bool {
-        let state = self.state();
-        let rests = matches!(
-            state,
-            ChannelState::Disabled
-                | ChannelState::Enabled
-                | ChannelState::Paused
-                | ChannelState::Closed
-        );
+        use ChannelState as S;
+        let rests = matches!(self.state(), S::Disabled | S::Enabled | S::Paused | S::Closed);
         rests && !self.shared.hold.is_held()
     }
 
     fn feed(&self, mut chunks: &[u8], begins: bool) -> Result<Restored, RestoreError> {
         let wrong = RestoreError::State { state: self.state() };
-        if self.in_packet_callback() {
-            return Err(wrong);
-        }
-        let _stepping = Stepping::wait(self).ok_or(wrong)?;
+        let _stepping = self.stepping().ok_or(wrong)?;
         let under_way = lock(&self.shared.restore).state.take();
-        let mut state = match under_way {
+        let state = match under_way {
             Some(state) => state,
-            None if begins => {
-                let state = self.new_restore()?;
-                self.traffic().set_still(true);
-                state
-            }
+            None if begins => self.new_restore()?,
             None => return Err(wrong),
         };
-        let fed = self.take_chunks(&mut state, &mut chunks);
-        match fed {
-            Ok(()) if !state.reader.is_complete() => {
-                lock(&self.shared.restore).state = Some(state);
-                Ok(Restored::More)
-            }
-            Ok(()) => {
-                let finished = self.finish_restore(&mut state);
-                self.end_restore(*state);
-                finished.map(|()| Restored::Complete)
-            }
-            Err(error) => {
-                self.end_restore(*state);
-                Err(error)
-            }
+        let mut feeding = Feeding { channel: self, state: Some(state) };
+        let Some(state) = &mut feeding.state else { return Err(wrong) };
+        // The channel may have been started, or frozen, since the last buffer.
+        if !self.may_be_restored() {
+            return Err(RestoreError::State { state: self.state() });
         }
+        self.take_chunks(state, &mut chunks)?;
+        if !state.reader.is_complete() {
+            lock(&self.shared.restore).state = feeding.state.take();
+            return Ok(Restored::More);
+        }
+        self.finish_restore(state)?;
+        Ok(Restored::Complete)
     }
 
     fn take_chunks(
@@ -394,62 +306,59 @@ impl Channel {
     ) -> Result<(), RestoreError> {
         let settings = self.settings();
         while let Some(chunk) = state.reader.read(chunks)? {
-            let (sequence, name) = (chunk.sequence(), chunk.info().name);
-            let out_of_order = RestoreError::Order { chunk: sequence, record: name };
+            let (sequence, record) = (chunk.sequence(), chunk.info().name);
             match (chunk.kind(), &state.record) {
-                (OUTGOING_PACKET, Some(record)) => {
-                    let stated = record.outgoing_packets;
-                    state.outgoing = next("outgoing", state.outgoing, stated, Limits::PACKETS)?;
-                    self.take_outgoing_chunk(state, &settings, &chunk)?;
-                }
-                (INCOMING_PACKET, Some(record)) => {
+                (OUTGOING_PACKET, Some(_)) => self.take_outgoing(state, &settings, &chunk)?,
+                (INCOMING_PACKET, Some((_, channel))) => {
                     let found = u32::try_from(state.incoming.len()).unwrap_or(u32::MAX);
-                    let most = settings.maximum_packet_count;
-                    next("incoming", found, record.incoming_packets, most)?;
+                    count_one(sequence, record, found, channel.incoming_packets)?;
                     let packet: IncomingPacketRecord<'_> = chunk.decode()?;
-                    check_incoming(&packet, &settings, sequence)?;
-                    state.incoming.push(SavedIncoming { sequence, chunk: chunk.bytes().into() });
+                    check_incoming(&packet, &settings, sequence, &mut state.words)?;
+                    state.incoming.push(sequence, chunk.message());
                 }
-                (_, None) if chunk.kind() == saved_state::channel::CHANNEL => {
-                    let record: ChannelRecord = chunk.decode()?;
-                    self.check_record(&record, &settings, sequence)?;
-                    state.record = Some(record);
+                (saved_state::channel::CHANNEL, None) => {
+                    let channel: ChannelRecord = chunk.decode()?;
+                    check_channel(&channel, &settings, sequence)?;
+                    state.record = Some((sequence, channel));
                 }
-                _ => return Err(out_of_order),
+                _ => return Err(RestoreError::Order { chunk: sequence, record }),
             }
         }
         Ok(())
     }
 
     /// Has the driver bring back one of its packets.
-    fn take_outgoing_chunk(
+    fn take_outgoing(
         &self,
         state: &mut RestoreState,
         settings: &Settings,
         chunk: &Chunk<'_>,
     ) -> Result<(), RestoreError> {
         let sequence = chunk.sequence();
+        let Some((_, channel)) = &state.record else { return Ok(()) };
+        count_one(sequence, chunk.info().name, state.outgoing, channel.outgoing_packets)?;
         let packet: OutgoingPacketRecord<'_> = chunk.decode()?;
-        check_outgoing(&packet, settings, self.side(), sequence)?;
-        let in_flight = match packet.place {
-            Place::InRing { transaction_id } => {
-                if transaction_id & 0xffff_ffff == 0
-                    || state.in_flight.contains_key(&transaction_id)
-                {
-                    return Err(RestoreError::Transaction { chunk: sequence, transaction_id });
-                }
-                Some(transaction_id)
-            }
-            Place::Queued { .. } => None,
-        };
+        check_outgoing(&packet, channel, settings, sequence)?;
+        if let Place::InRing { transaction_id } = packet.place
+            && (transaction_id & 0xffff_ffff == 0 || state.in_flight.contains_key(&transaction_id))
+        {
+            return Err(RestoreError::Transaction { chunk: sequence, transaction_id });
+        }
+        state.outgoing += 1;
         let callbacks = settings.save_restore.as_deref();
         let callbacks = callbacks.ok_or(RestoreError::NoCallback { chunk: sequence })?;
         let (done, restored) = self.call_restore(callbacks, chunk, packet.driver_state);
         // Without a packet the transaction is given up: a late completion finds nobody (D-27).
-        if let Some(body) = restored {
-            match in_flight {
-                Some(id) => drop(state.in_flight.insert(id, body)),
-                None => state.queued.push(body),
+        if let Some(mut body) = restored {
+            match packet.place {
+                Place::InRing { transaction_id } => {
+                    body.take_over(true, &[]);
+                    state.in_flight.insert(transaction_id, body);
+                }
+                Place::Queued { message, transaction } => {
+                    body.take_over(transaction, message);
+                    state.queued.push(body);
+                }
             }
         }
         done.map_err(|status| RestoreError::Driver { chunk: sequence, status })
@@ -461,91 +370,30 @@ impl Channel {
         chunk: &Chunk<'_>,
         driver_state: &[u8],
     ) -> (Result<(), NtStatus>, Option<Box<PacketBody>>) {
-        let bytes = chunk.bytes();
-        let checksum = bytes.last_chunk().copied().unwrap_or_default();
-        lock(&self.shared.restore).current = Some(Current {
-            chunk: chunk.sequence(),
-            checksum,
-            length: bytes.len(),
-            restored: None,
-        });
-        let done = callbacks.restore_packet(self, bytes, driver_state);
+        lock(&self.shared.restore).current = Some(Current::new(chunk));
+        let done = callbacks.restore_packet(self, chunk.bytes(), driver_state);
         let current = lock(&self.shared.restore).current.take();
         (done, current.and_then(|current| current.restored))
     }
 
-    /// Holds a channel's record against the channel: both must have been set up alike.
-    fn check_record(
-        &self,
-        record: &ChannelRecord,
-        settings: &Settings,
-        chunk: u32,
-    ) -> Result<(), RestoreError> {
-        let side = saved_state::channel::Side::Server as i32;
-        for (setting, saved, here) in [
-            ("side", u64::try_from(record.side).unwrap_or(0), u64::try_from(side).unwrap_or(0)),
-            (
-                "maximum_packet_size",
-                record.maximum_packet_size.into(),
-                settings.maximum_packet_size.into(),
-            ),
-            (
-                "maximum_external_data",
-                record.maximum_external_data.into(),
-                settings.external_data_size.into(),
-            ),
-            (
-                "maximum_external_ranges",
-                record.maximum_external_ranges.into(),
-                settings.external_data_ranges.into(),
-            ),
-            (
-                "maximum_completion_size",
-                record.maximum_completion_size.into(),
-                settings.completion_size().into(),
-            ),
-            (
-                "maximum_packet_count",
-                record.maximum_packet_count.into(),
-                settings.maximum_packet_count.into(),
-            ),
-            (
-                "client_context_size",
-                record.client_context_size.into(),
-                settings.client_context_size.into(),
-            ),
-            ("pipe", record.pipe.into(), settings.is_pipe().into()),
-            ("subchannel_index", record.subchannel_index.into(), settings.subchannel_index.into()),
-        ] {
-            if saved != here {
-                return Err(RestoreError::Setting { chunk, setting, saved, here });
-            }
-        }
-        next_count("outgoing", record.outgoing_packets, Limits::PACKETS)?;
-        next_count("incoming", record.incoming_packets, settings.maximum_packet_count)
-    }
-
-    /// The last chunk has come: makes what was kept aside the channel's.
+    /// The last chunk has come: makes what was kept aside the channel's. What is left in `state` is
+    /// not.
     fn finish_restore(&self, state: &mut RestoreState) -> Result<(), RestoreError> {
-        if !self.may_be_restored() {
-            return Err(RestoreError::State { state: self.state() });
-        }
-        let settings = self.settings();
-        let record = state.record.take().ok_or(RestoreError::Order { chunk: 1, record: "end" })?;
-        // A transaction that its driver gave up counts as come back.
+        let end = state.reader.chunks().saturating_sub(1);
+        let no_record = RestoreError::Order { chunk: end, record: END };
+        let (chunk, channel) = state.record.take().ok_or(no_record)?;
         let incoming = u32::try_from(state.incoming.len()).unwrap_or(u32::MAX);
-        for (what, found, stated) in [
-            ("outgoing", state.outgoing, record.outgoing_packets),
-            ("incoming", incoming, record.incoming_packets),
+        for (record, found, stated, most) in [
+            // A transaction that its driver gave up counts as come back.
+            (error::OUTGOING, state.outgoing, channel.outgoing_packets, Limits::PACKETS),
+            (error::INCOMING, incoming, channel.incoming_packets, channel.maximum_packet_count),
         ] {
             if found != stated {
-                return Err(RestoreError::Count { what, found, stated, most: Limits::PACKETS });
+                return Err(RestoreError::Count { chunk: end, record, found, stated, most });
             }
         }
-        if !self.traffic().is_idle() {
-            return Err(RestoreError::Resources("packets came to use during the restore"));
-        }
-        if settings.server_flags.contains(ServerFlags::FORCE_NEW_CHANNEL) {
+        let flags = self.settings().server_flags;
+        if flags.contains(ServerFlags::FORCE_NEW_CHANNEL) {
             // The peer gets a new channel: what was in flight on the old one has nobody (D-5).
             return Ok(());
         }
@@ -553,16 +401,27 @@ impl Channel {
         if self.traffic().reserve_transactions(transactions).is_none() {
             return Err(RestoreError::Resources("transactions in flight"));
         }
-        let rings = RestoredRings { record, incoming: std::mem::take(&mut state.incoming) };
-        let most_uses = rings.record.transaction_uses;
-        if self.traffic().has_ring() {
-            self.install(&rings).inspect_err(|_| {
-                self.traffic().unreserve_transactions(transactions);
-            })?;
-        } else if rings.record.open {
-            lock(&self.shared.restore).waiting_for_rings = Some(Box::new(rings));
+        let most_uses = channel.transaction_uses;
+        let mut in_flight = BTreeMap::new();
+        if channel.open {
+            let incoming = std::mem::take(&mut state.incoming);
+            let rings = RestoredRings { chunk, record: channel, incoming };
+            let (has_ring, resumable) = {
+                let traffic = self.traffic();
+                (traffic.has_ring(), traffic.resumable().is_some())
+            };
+            if resumable {
+                self.install(&rings).inspect_err(|_| {
+                    self.traffic().unreserve_transactions(transactions);
+                })?;
+            } else if !has_ring {
+                lock(&self.shared.restore).waiting_for_rings = Some(Box::new(rings));
+            }
+            // In rings that the peer has opened anew nobody will complete what was in the old ones.
+            if resumable || !has_ring {
+                in_flight = std::mem::take(&mut state.in_flight);
+            }
         }
-        let in_flight = std::mem::take(&mut state.in_flight);
         let queued = std::mem::take(&mut state.queued);
         self.traffic().restore_outgoing(in_flight, queued, most_uses);
         Ok(())
@@ -570,8 +429,10 @@ impl Channel {
 
     /// Ends a restore, however. What it still has is not the channel's.
     fn end_restore(&self, state: RestoreState) {
-        self.traffic().set_still(false);
-        for packet in state.in_flight.into_values().chain(state.queued) {
+        self.traffic().set_restoring(false);
+        let current = lock(&self.shared.restore).current.take();
+        let unfinished = current.and_then(|current| current.restored);
+        for packet in state.in_flight.into_values().chain(state.queued).chain(unfinished) {
             Packet::end(packet, self, NtStatus::CANCELLED, &[]);
         }
         self.flush_outgoing();
@@ -593,19 +454,18 @@ impl Channel {
     /// The rings have come: makes that part of a restore theirs. `resumed`: they are the ones that it
     /// was saved with.
     pub(crate) fn install_restored(&self, resumed: bool) -> Result<(), RestoreError> {
-        let Some(rings) = lock(&self.shared.restore).waiting_for_rings.take() else {
-            if resumed {
-                self.signal_anyway();
+        let rings = lock(&self.shared.restore).waiting_for_rings.take();
+        match rings {
+            Some(rings) if resumed => self.install(&rings)?,
+            // The peer has opened the channel anew: nobody will complete what was in the old rings.
+            Some(_) => {
+                let stale = self.traffic().take_in_flight();
+                for packet in stale {
+                    Packet::end(packet, self, NtStatus::CANCELLED, &[]);
+                }
             }
-            return Ok(());
-        };
-        if resumed {
-            return self.install(&rings);
-        }
-        // The peer has opened the channel anew: nobody will complete what was in the old rings.
-        let stale = self.traffic().take_in_flight();
-        for packet in stale {
-            Packet::end(packet, self, NtStatus::CANCELLED, &[]);
+            None if resumed => self.signal_anyway(),
+            None => {}
         }
         Ok(())
     }
@@ -613,70 +473,20 @@ impl Channel {
     /// Has the attached rings go on where they were saved, with the incoming packets that were in
     /// flight. Nothing has changed where it fails.
     fn install(&self, rings: &RestoredRings) -> Result<(), RestoreError> {
-        let RestoredRings { record, incoming } = rings;
         let mut result = Ok(());
         self.with_receiver(|mut receiver| {
             if let Some(receiver) = &mut receiver {
-                result = self.install_in(receiver, record, incoming);
+                result = install_in(receiver, &mut self.traffic(), rings);
             }
             receiver
         });
         result?;
-        if record.stopped {
+        if rings.record.stopped {
             self.stop(ChannelError::BeforeRestore);
         }
         // Signals given before the save may have been lost: both sides look once.
         self.signal_anyway();
         self.kick();
-        Ok(())
-    }
-
-    fn install_in(
-        &self,
-        receiver: &mut crate::receiver::Receiver,
-        record: &ChannelRecord,
-        incoming: &[SavedIncoming],
-    ) -> Result<(), RestoreError> {
-        let mut traffic = self.traffic();
-        let here = (receiver.ring_state(), traffic.ring_state().unwrap_or_default());
-        let (RingState { data_len: incoming_len, index: read_index }, outgoing) = here;
-        for (setting, saved, here) in [
-            ("incoming_ring_bytes", record.incoming_ring_bytes, incoming_len),
-            ("outgoing_ring_bytes", record.outgoing_ring_bytes, outgoing.data_len),
-        ] {
-            if saved != here {
-                let (saved, here) = (saved.into(), here.into());
-                return Err(RestoreError::Setting { chunk: 1, setting, saved, here });
-            }
-        }
-        let mut line = Vec::with_capacity(incoming.len());
-        let filled: Result<(), RestoreError> =
-            (0..).zip(incoming).try_for_each(|(order, saved)| {
-                let body = traffic.body_for_restored();
-                let mut body = body.ok_or(RestoreError::Resources("packets in the pool"))?;
-                let why = fill(&mut body, saved);
-                body.order = order;
-                let (failed, why) = match why {
-                    Ok(why) => (Ok(()), why),
-                    Err(error) => (Err(error), Why::Completed),
-                };
-                line.push(Waiting { body, why });
-                failed
-            });
-        let resumed = filled.and_then(|()| {
-            receiver
-                .resume(record.read_index, line.len() as u64, [])
-                .map_err(RestoreError::Ring)?;
-            traffic.resume_ring(record.write_index, line.len()).map_err(|error| {
-                let _as_before = receiver.resume(read_index, 0, []);
-                explain(error)
-            })
-        });
-        if resumed.is_err() {
-            traffic.forget_restored(line.into_iter().map(|waiting| waiting.body));
-            return resumed;
-        }
-        receiver.line().extend(line);
         Ok(())
     }
 
@@ -686,163 +496,113 @@ impl Channel {
     }
 }
 
+fn install_in(
+    receiver: &mut Receiver,
+    traffic: &mut Traffic,
+    rings: &RestoredRings,
+) -> Result<(), RestoreError> {
+    let RestoredRings { chunk, record, incoming } = rings;
+    let chunk = *chunk;
+    let before = receiver.ring_state();
+    let outgoing = traffic.ring_state().unwrap_or_default();
+    for (setting, saved, RingState { data_len: here, .. }) in [
+        ("incoming_ring_bytes", record.incoming_ring_bytes, before),
+        ("outgoing_ring_bytes", record.outgoing_ring_bytes, outgoing),
+    ] {
+        if saved != here {
+            let (saved, here) = (saved.into(), here.into());
+            return Err(RestoreError::Setting { chunk, setting, saved, here });
+        }
+    }
+    let mut line = Vec::with_capacity(incoming.len());
+    let installed = fill_line(traffic, incoming, &mut line).and_then(|()| {
+        receiver
+            .resume_at(record.read_index, line.len() as u64)
+            .map_err(|why| RestoreError::Ring { chunk, field: "read_index", why })?;
+        traffic.resume_ring(record.write_index, line.len()).map_err(|error| {
+            let _as_before = receiver.resume_at(before.index, 0);
+            match error {
+                ResumeError::Ring(why) => RestoreError::Ring { chunk, field: "write_index", why },
+                ResumeError::Room { promised, free } => {
+                    RestoreError::Room { chunk, promised, free }
+                }
+            }
+        })
+    });
+    match installed {
+        Ok(()) => receiver.line().extend(line),
+        Err(_) => traffic.forget_restored(line.into_iter().map(|waiting| waiting.body)),
+    }
+    installed
+}
+
+/// Gives each packet a body.
+fn fill_line(
+    traffic: &mut Traffic,
+    incoming: &Incoming,
+    line: &mut Vec<Waiting>,
+) -> Result<(), RestoreError> {
+    for (order, (chunk, packet)) in (0..).zip(incoming.iter()) {
+        let body = traffic.body_for_restored();
+        let mut body = body.ok_or(RestoreError::Resources("packets in the pool"))?;
+        body.order = order;
+        let filled = fill(&mut body, &packet, chunk);
+        let (why, failed) = match filled {
+            Ok(why) => (why, Ok(())),
+            Err(error) => (Why::Completed, Err(error)),
+        };
+        line.push(Waiting { body, why });
+        failed?;
+    }
+    Ok(())
+}
+
+/// Refuses one record more than the channel's record states.
+fn count_one(
+    chunk: u32,
+    record: &'static str,
+    found: u32,
+    stated: u32,
+) -> Result<(), RestoreError> {
+    let found = found.saturating_add(1);
+    if found > stated {
+        // What is stated was held against the bound.
+        return Err(RestoreError::Count { chunk, record, found, stated, most: stated });
+    }
+    Ok(())
+}
+
+/// What ends a stream.
+const END: &str = saved_state::end::EndRecord::KIND.name;
+
 impl Packet {
     /// Brings the packet back to where it was when it was saved: queued for the ring, or waiting for the
     /// peer's completion. Its completion routine will run later; until then it is not the driver's.
     /// Only in [`SaveRestorePacket::restore_packet`], with the `library_state` given there.
     ///
     /// # Errors
-    /// The packet, and why: [`Error::Argument`] 1 for a packet of another channel;
-    /// [`Error::ForeignState`] for other bytes than those (D-28); [`Error::State`] outside the
-    /// callback.
+    /// The packet, and why (D-28): [`Error::Argument`] 1 for a packet of a channel that is not asking
+    /// for one; [`Error::ForeignState`] 3 for another length, 2 for other bytes than those, or where
+    /// they have brought back a packet already.
     ///
     /// Source: VmbPacketRestore; D-25, D-28.
     pub fn restore(self, library_state: &[u8]) -> Result<(), SendError> {
         let channel = self.channel().clone();
         let mut slot = lock(&channel.shared.restore);
-        let refused = match &slot.current {
-            None => Some(Error::State { function: "restore", state: channel.state() }),
+        let refused = match &mut slot.current {
+            None => Error::Argument { position: 1, name: "PacketObject", value: 0 },
             Some(current) if current.length != library_state.len() => {
-                Some(Error::ForeignState { position: 3 })
+                Error::ForeignState { position: 3 }
             }
-            Some(_) => None,
-        };
-        if let Some(error) = refused {
-            drop(slot);
-            return Err(SendError { packet: self, error });
-        }
-        let record = Chunk::alone(library_state, KINDS).ok().filter(|chunk| {
-            let checksum = library_state.last_chunk().copied().unwrap_or_default();
-            slot.current.as_ref().is_some_and(|current| {
-                current.restored.is_none()
-                    && (current.chunk, current.checksum) == (chunk.sequence(), checksum)
-            })
-        });
-        let record = record.and_then(|chunk| chunk.decode::<OutgoingPacketRecord<'_>>().ok());
-        let Some(record) = record else {
-            drop(slot);
-            return Err(SendError { packet: self, error: Error::ForeignState { position: 2 } });
-        };
-        let Some(mut body) = self.into_body() else { return Ok(()) };
-        match record.place {
-            Place::InRing { .. } => body.take_over(true, &[], record.extension),
-            Place::Queued { message, transaction } => {
-                body.take_over(transaction, message, record.extension);
+            Some(current) if current.restored.is_some() || !current.is(library_state) => {
+                Error::ForeignState { position: 2 }
             }
-        }
-        if let Some(current) = &mut slot.current {
-            current.restored = Some(body);
-        }
-        Ok(())
-    }
-}
-
-/// Counts one packet more, within what was stated and what is possible.
-fn next(what: &'static str, found: u32, stated: u32, most: u32) -> Result<u32, RestoreError> {
-    let found = found.saturating_add(1);
-    if found > stated || found > most {
-        return Err(RestoreError::Count { what, found, stated, most });
-    }
-    Ok(found)
-}
-
-fn next_count(what: &'static str, stated: u32, most: u32) -> Result<(), RestoreError> {
-    if stated > most {
-        return Err(RestoreError::Count { what, found: stated, stated, most });
-    }
-    Ok(())
-}
-
-fn within(chunk: u32, field: &'static str, bytes: usize, most: u64) -> Result<(), RestoreError> {
-    let bytes = bytes as u64;
-    if bytes <= most { Ok(()) } else { Err(RestoreError::Size { chunk, field, bytes, most }) }
-}
-
-fn check_outgoing(
-    packet: &OutgoingPacketRecord<'_>,
-    settings: &Settings,
-    side: Side,
-    chunk: u32,
-) -> Result<(), RestoreError> {
-    // External data is the guest's to donate (D-41).
-    within(chunk, "extension", packet.extension.len(), 0)?;
-    if let Place::Queued { message, .. } = packet.place {
-        let len = u32::try_from(message.len()).unwrap_or(u32::MAX);
-        let bytes = vmbus_ring::packet_ring_bytes(0, len) as usize;
-        within(chunk, "message", bytes, settings.largest_packet(side).into())?;
-    }
-    Ok(())
-}
-
-fn check_incoming(
-    packet: &IncomingPacketRecord<'_>,
-    settings: &Settings,
-    chunk: u32,
-) -> Result<(), RestoreError> {
-    if let SavedFence::Finished { completion } = packet.fence {
-        return within(chunk, "completion", completion.len(), settings.completion_size().into());
-    }
-    let context = settings.client_context_size;
-    if packet.client_context.len() != context as usize {
-        let (bytes, most) = (packet.client_context.len() as u64, u64::from(context));
-        return Err(RestoreError::Size { chunk, field: "client_context", bytes, most });
-    }
-    let words = settings.external_words() as u64 + 1;
-    within(chunk, "extension", packet.extension.len(), words * 8)?;
-    if !packet.extension.len().is_multiple_of(8) {
-        let (bytes, most) = (packet.extension.len() as u64, words * 8);
-        return Err(RestoreError::Size { chunk, field: "extension", bytes, most });
-    }
-    if packet.extension.is_empty() {
-        return Ok(());
-    }
-    let words: Vec<u64> =
-        packet.extension.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    gpa_direct(&words).map(drop).map_err(|why| RestoreError::Extension { chunk, why })
-}
-
-/// Makes `body` the packet that was saved, and says why it waits.
-fn fill(body: &mut Body, saved: &SavedIncoming) -> Result<Why, RestoreError> {
-    let chunk = saved.sequence;
-    let record = Chunk::alone(&saved.chunk, KINDS)?;
-    let packet: IncomingPacketRecord<'_> = record.decode()?;
-    let (id, wants_completion) = (packet.transaction_id, packet.wants_completion);
-    body.begin(id, wants_completion, packet.payload.len()).copy_from_slice(packet.payload);
-    if let SavedFence::Finished { completion } = packet.fence {
-        body.hold_completion(completion);
-        return Ok(Why::Completed);
-    }
-    if body.context().len() == packet.client_context.len() {
-        body.context().copy_from_slice(packet.client_context);
-    }
-    if packet.refused_external_bytes != 0 {
-        body.external = External::TooMuch { bytes: packet.refused_external_bytes };
-    } else if !packet.extension.is_empty() {
-        let words = packet.extension.len() / 8;
-        let (bytes, most) = (packet.extension.len() as u64, 0);
-        let too_long = RestoreError::Size { chunk, field: "extension", bytes, most };
-        let room = body.extension_room(words).ok_or(too_long)?;
-        for (word, bytes) in room.iter_mut().zip(packet.extension.as_chunks().0) {
-            *word = u64::from_le_bytes(*bytes);
-        }
-        body.check_external(words).map_err(|why| RestoreError::Extension { chunk, why })?;
-    }
-    let fence = match packet.fence {
-        SavedFence::Cancelled => Fence::Cancelled,
-        SavedFence::NeverStarted | SavedFence::Finished { .. } => Fence::NeverStarted,
-    };
-    Ok(match packet.handed_back {
-        HandedBack::No => Why::HandedOver { fence, state: packet.device_state.into() },
-        HandedBack::AtPassive => Why::HandedBack { at_passive: true, after_memory: false },
-        // Asked for anew: whether the memory is there is not known here.
-        HandedBack::AfterMemory => Why::HandedBack { at_passive: false, after_memory: false },
-    })
-}
-
-fn explain(error: ResumeError) -> RestoreError {
-    match error {
-        ResumeError::Ring(error) => RestoreError::Ring(error),
-        ResumeError::Room { promised, free } => RestoreError::Room { promised, free },
-        ResumeError::Pool { .. } => RestoreError::Resources("packets in the pool"),
+            Some(current) => {
+                current.restored = self.into_body();
+                return Ok(());
+            }
+        };
+        drop(slot);
+        Err(SendError { packet: self, error: refused })
     }
 }

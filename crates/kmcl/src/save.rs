@@ -21,7 +21,6 @@ use vmbus_wire::status::NtStatus;
 
 use crate::callbacks::SaveRestorePacket;
 use crate::channel::{Channel, lock};
-use crate::control::Stepping;
 use crate::error::Error;
 use crate::fenced::Fence;
 use crate::lifecycle::{ChannelState, Side};
@@ -59,6 +58,9 @@ pub enum ChannelSaveError {
     /// It is over already: finished, failed, or ended because the channel was disabled or thawed.
     #[error("the save of the channel is over")]
     Over,
+    /// It cannot go on inside a callback of its own channel.
+    #[error("a save cannot go on inside a callback of its channel")]
+    InCallback,
     /// The driver's callback failed for a packet (D-21).
     #[error("the driver cannot save a packet: {status}")]
     Driver {
@@ -89,7 +91,7 @@ impl ChannelSaveError {
     #[must_use]
     pub fn status(&self) -> NtStatus {
         match self {
-            Self::Over => NtStatus::INVALID_DEVICE_STATE,
+            Self::Over | Self::InCallback => NtStatus::INVALID_DEVICE_STATE,
             Self::Driver { status } => *status,
             Self::DriverOverran { .. } | Self::DriverState { .. } => NtStatus::INVALID_BUFFER_SIZE,
             Self::Format(_) => NtStatus::UNSUCCESSFUL,
@@ -166,7 +168,7 @@ impl Channel {
     ///
     /// # Errors
     /// [`Error::State`] unless the channel is a server's and Enabled, Paused or Closed (D-5, D-32) or
-    /// frozen, and while a save is under way (D-17); [`Error::Running`] for a frozen channel whose
+    /// frozen, and while a save (D-17) or a restore is under way; [`Error::Running`] for a frozen channel whose
     /// device has packets that it has neither completed nor handed over; [`Error::Format`] where the
     /// version of the format that was asked for cannot say what is to be saved.
     ///
@@ -194,7 +196,8 @@ impl Channel {
             return answer(NtStatus::INVALID_DEVICE_STATE, 0, 0);
         };
         let step = state.step(self, buffer);
-        *lock(&self.shared.save) = Some(state);
+        // Unless another save was begun meanwhile, which ends this one.
+        lock(&self.shared.save).get_or_insert(state);
         match step {
             Ok(SaveStep { written, done: true, .. }) => answer(NtStatus::SUCCESS, written, 0),
             Ok(SaveStep { written: 0, needed, .. }) => {
@@ -219,10 +222,10 @@ impl Channel {
 
     fn begin_session(&self, options: &SaveOptions) -> Result<Box<SaveState>, Error> {
         let wrong = || Error::State { function: "save", state: self.state() };
-        if self.side() != Side::Server || self.in_packet_callback() {
+        let _stepping = self.stepping().ok_or_else(wrong)?;
+        if self.side() != Side::Server || self.is_being_restored() {
             return Err(wrong());
         }
-        let _stepping = Stepping::wait(self).ok_or_else(wrong)?;
         let frozen = self.shared.hold.is_frozen();
         if frozen {
             let packets = self.traffic().running();
@@ -251,10 +254,16 @@ impl Channel {
     }
 
     fn end_session(&self, state: &SaveState) {
+        if !self.shared.hold.is_saving(state.number) {
+            return;
+        }
+        // There is none inside a callback that a save calls: it is in the hands of that very save.
+        let Some(stepping) = self.stepping() else { return };
         if self.shared.hold.end_save(Some(state.number)) {
             self.resume_traffic();
-            self.drive_unless_driven();
         }
+        drop(stepping);
+        self.drive_unless_driven();
     }
 }
 
@@ -293,6 +302,8 @@ enum Next {
     Held(usize),
     /// A packet that waits.
     Waiting(usize),
+    /// A packet from a restore whose rings have not come yet.
+    Restored(usize),
     End,
 }
 
@@ -334,6 +345,8 @@ impl SaveState {
     }
 
     fn step(&mut self, channel: &Channel, buffer: &mut [u8]) -> Result<SaveStep, ChannelSaveError> {
+        // With it nothing else can end the save, or change what is being saved.
+        let _stepping = channel.stepping().ok_or(ChannelSaveError::InCallback)?;
         if self.over || !channel.shared.hold.is_saving(self.number) {
             return Err(ChannelSaveError::Over);
         }
@@ -389,6 +402,13 @@ impl SaveState {
                 Next::Waiting(at) => match self.waiting(&channel.traffic(), at, room) {
                     Some(step) => (step?, Next::Waiting(at + 1)),
                     None => {
+                        self.next = Next::Restored(0);
+                        continue;
+                    }
+                },
+                Next::Restored(at) => match self.restored(channel, at, room) {
+                    Some(step) => (step?, Next::Restored(at + 1)),
+                    None => {
                         self.next = Next::End;
                         continue;
                     }
@@ -397,7 +417,7 @@ impl SaveState {
             };
         };
         if matches!(step, Step::Written { .. }) {
-            if matches!(self.next, Next::Outgoing(_) | Next::Held(_) | Next::Waiting(_)) {
+            if !matches!(self.next, Next::Header | Next::Channel | Next::End) {
                 self.order += 1;
             }
             self.next = then;
@@ -490,6 +510,17 @@ impl SaveState {
         };
         Some(self.writer.record(&record, room))
     }
+
+    fn restored(
+        &mut self,
+        channel: &Channel,
+        at: usize,
+        room: &mut [u8],
+    ) -> Option<Result<Step, WriteError>> {
+        let slot = lock(&channel.shared.restore);
+        let (_, record) = slot.waiting_for_rings()?.incoming.get(at)?;
+        Some(self.writer.record(&IncomingPacketRecord { order: self.order, ..record }, room))
+    }
 }
 
 /// A packet whose completion waits to leave. Nothing else of it is needed any more.
@@ -576,38 +607,56 @@ impl Channel {
             let control = lock(&self.shared.control);
             (control.life.is_started(), control.user_data)
         };
-        let traffic = self.traffic();
-        let outgoing = traffic.ring_state();
-        let RingState { data_len: incoming_ring_bytes, index: read_index } =
-            incoming.unwrap_or_default();
-        let RingState { data_len: outgoing_ring_bytes, index: write_index } =
-            outgoing.unwrap_or_default();
-        // Both are bounded by `Limits::PACKETS`, and by the pool.
-        let count = |packets: usize| u32::try_from(packets).unwrap_or(u32::MAX);
-        ChannelRecord {
-            side: saved_state::channel::Side::Server.into(),
-            started,
-            open: outgoing.is_some(),
-            frozen,
-            incoming_ring_bytes,
-            outgoing_ring_bytes,
-            read_index,
-            write_index,
-            transaction_quota: traffic.quota,
-            maximum_packet_size: settings.maximum_packet_size,
-            maximum_external_data: settings.external_data_size,
-            maximum_external_ranges: settings.external_data_ranges,
-            maximum_completion_size: settings.completion_size(),
-            maximum_packet_count: settings.maximum_packet_count,
-            client_context_size: settings.client_context_size,
-            pipe: settings.is_pipe(),
-            subchannel_index: u32::from(settings.subchannel_index),
-            user_data: user_data.map_or_else(Vec::new, Vec::from),
-            outgoing_packets: count(traffic.saved_outgoing()),
-            incoming_packets: count(traffic.saved_incoming()),
-            transaction_uses: traffic.most_uses(),
-            processing_at_passive: self.requires_passive(),
-            stopped: self.is_stopped(),
+        let mut record = {
+            let traffic = self.traffic();
+            let outgoing = traffic.ring_state();
+            let RingState { data_len: incoming_ring_bytes, index: read_index } =
+                incoming.unwrap_or_default();
+            let RingState { data_len: outgoing_ring_bytes, index: write_index } =
+                outgoing.unwrap_or_default();
+            ChannelRecord {
+                side: saved_state::channel::Side::Server.into(),
+                started,
+                open: outgoing.is_some(),
+                frozen,
+                incoming_ring_bytes,
+                outgoing_ring_bytes,
+                read_index,
+                write_index,
+                transaction_quota: traffic.quota,
+                maximum_packet_size: settings.maximum_packet_size,
+                maximum_external_data: settings.external_data_size,
+                maximum_external_ranges: settings.external_data_ranges,
+                maximum_completion_size: settings.completion_size(),
+                maximum_packet_count: settings.maximum_packet_count,
+                client_context_size: settings.client_context_size,
+                pipe: settings.is_pipe(),
+                subchannel_index: u32::from(settings.subchannel_index),
+                user_data: user_data.map_or_else(Vec::new, Vec::from),
+                outgoing_packets: count(traffic.saved_outgoing()),
+                incoming_packets: count(traffic.saved_incoming()),
+                transaction_uses: traffic.most_uses(),
+                processing_at_passive: self.requires_passive(),
+                stopped: self.is_stopped(),
+            }
+        };
+        // Rings that a restore waits for are still where they were.
+        if let Some(rings) = lock(&self.shared.restore).waiting_for_rings() {
+            let before = &rings.record;
+            record.open = true;
+            record.incoming_ring_bytes = before.incoming_ring_bytes;
+            record.outgoing_ring_bytes = before.outgoing_ring_bytes;
+            record.read_index = before.read_index;
+            record.write_index = before.write_index;
+            record.user_data.clone_from(&before.user_data);
+            record.incoming_packets = count(rings.incoming.len());
+            record.stopped = before.stopped;
         }
+        record
     }
+}
+
+/// Bounded by [`Limits::PACKETS`](crate::Limits::PACKETS).
+fn count(packets: usize) -> u32 {
+    u32::try_from(packets).unwrap_or(u32::MAX)
 }

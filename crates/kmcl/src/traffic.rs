@@ -35,6 +35,9 @@ pub(crate) enum Starved {
 /// See the module.
 pub(crate) struct Traffic {
     ring: Option<OutgoingRing>,
+    /// Which opening of the channel it is. A device may still have packets of a former one, which has
+    /// moved away: nothing is done with them.
+    opening: u64,
     /// Bodies for incoming packets.
     pool: Vec<Box<Body>>,
     /// Incoming packets that the device, or the receiver for it, has.
@@ -58,6 +61,8 @@ pub(crate) struct Traffic {
     frozen: bool,
     /// Nothing is sent: the channel is frozen, being saved or restored.
     still: bool,
+    /// It is being restored.
+    restoring: bool,
     /// Completions made while frozen, kept in their bodies.
     held: Vec<Box<Body>>,
     /// What is in the receiver's line otherwise, and what devices hand over, while the channel is
@@ -87,6 +92,9 @@ struct OutgoingRing {
     promised: u32,
     /// The peer was asked for a signal when there is room.
     asked: bool,
+    /// The peer knows the ring from before a restore, and nothing was restored into it yet: where it
+    /// was written when it was attached.
+    resumable: Option<u32>,
 }
 
 impl OutgoingRing {
@@ -191,6 +199,7 @@ impl Traffic {
     pub(crate) fn new() -> Self {
         Self {
             ring: None,
+            opening: 0,
             pool: Vec::new(),
             outstanding: 0,
             quota: u32::MAX,
@@ -202,6 +211,7 @@ impl Traffic {
             handed_back: None,
             frozen: false,
             still: false,
+            restoring: false,
             held: Vec::new(),
             waiting: Vec::new(),
             queue: VecDeque::new(),
@@ -219,10 +229,14 @@ impl Traffic {
         &mut self,
         writer: RingWriter,
         signal: Arc<dyn Signal>,
-        pool: Vec<Box<Body>>,
+        mut pool: Vec<Box<Body>>,
         completion_size: u32,
+        resumed: bool,
     ) {
+        self.opening += 1;
+        pool.iter_mut().for_each(|body| body.opening = self.opening);
         self.ring = Some(OutgoingRing {
+            resumable: resumed.then(|| writer.write_index()),
             writer,
             signal,
             completion_room: packet_ring_bytes(0, completion_size),
@@ -239,6 +253,9 @@ impl Traffic {
     /// Lets go of the ring and of everything that was reserved for it.
     pub(crate) fn detach(&mut self) {
         self.ring = None;
+        self.opening += 1;
+        self.outstanding = 0;
+        self.draining = false;
         self.transmit = false;
         self.handed_back = None;
         (self.frozen, self.still) = (false, false);
@@ -317,6 +334,9 @@ impl Traffic {
     ) -> (Consequences, Result<(), RingError>) {
         debug_assert!(payload.len() <= self.completion_size as usize, "completion too large");
         let payload = payload.get(..self.completion_size as usize).unwrap_or(payload);
+        if self.is_stale(&body) {
+            return (Consequences::default(), Ok(()));
+        }
         if self.frozen && body.wants_completion {
             return (self.hold(body, payload), Ok(()));
         }
@@ -334,6 +354,9 @@ impl Traffic {
         bodies: &mut Vec<Box<Body>>,
     ) -> (Consequences, Result<(), RingError>) {
         let mut written = Ok(());
+        if bodies.iter().any(|body| self.is_stale(body)) {
+            bodies.retain(|body| !self.is_stale(body));
+        }
         if let Some(ring) = &mut self.ring {
             for body in bodies.iter().filter(|body| body.wants_completion) {
                 if let Err(error) = ring.complete(body, body.payload()) {
@@ -347,8 +370,14 @@ impl Traffic {
         (consequences, written)
     }
 
+    /// Whether a packet belongs to an opening that has moved away.
+    pub(crate) fn is_stale(&self, body: &Body) -> bool {
+        body.opening != self.opening
+    }
+
     /// Takes back the body, and the room promised to a packet that is over.
     pub(crate) fn retire(&mut self, body: Box<Body>) -> Consequences {
+        debug_assert!(!self.is_stale(&body));
         self.pool.push(body);
         self.retired(1)
     }
@@ -360,12 +389,9 @@ impl Traffic {
         }
         // A count of bodies fits: the pool has at most `Limits::PACKETS`.
         let packets = u32::try_from(packets).unwrap_or(u32::MAX);
-        match &mut self.ring {
-            Some(ring) => {
-                let room = packets.saturating_mul(ring.completion_room);
-                ring.promised = ring.promised.saturating_sub(room);
-            }
-            None => self.pool.clear(), // the channel they belonged to is gone
+        if let Some(ring) = &mut self.ring {
+            let room = packets.saturating_mul(ring.completion_room);
+            ring.promised = ring.promised.saturating_sub(room);
         }
         self.outstanding = self.outstanding.saturating_sub(packets);
         let drained = self.takes_part_in_drain();
@@ -404,12 +430,6 @@ impl Traffic {
         self.outstanding += 1;
     }
 
-    /// A packet that waited will not be delivered: the channel goes down.
-    pub(crate) fn discard(&mut self, body: Box<Body>) {
-        self.outstanding += 1;
-        let _nobody_waits_for_it = self.retire(body);
-    }
-
     /// Keeps consequences for whoever ends the batch.
     pub(crate) fn follow_later(&mut self, consequences: Consequences) {
         self.followers = self.followers.and(consequences);
@@ -432,7 +452,10 @@ impl Traffic {
 
     // ---- Outgoing packets ------------------------------------------------------------------------
 
-    /// An idle packet object, or `None` at the bound.
+    /// An idle packet object with room for a message of that size, or `None` at the bound.
+    ///
+    /// One that a restore brings back takes no more than the message that was saved: otherwise a few
+    /// bytes of a saved state would cost as much memory as the largest message.
     pub(crate) fn allocate_packet(&mut self, message_size: u32) -> Option<Box<PacketBody>> {
         if let Some(packet) = self.free_packets.pop() {
             return Some(packet);
@@ -441,7 +464,7 @@ impl Traffic {
             return None;
         }
         self.packets += 1;
-        Some(Box::new(PacketBody::new(message_size)))
+        Some(Box::new(PacketBody::new(if self.restoring { 0 } else { message_size })))
     }
 
     /// Takes an idle packet object back. A few are kept, the rest given up.

@@ -52,11 +52,19 @@ impl Transactions {
     }
 
     /// The id that the next transaction will have; 0 for a packet that is none.
-    pub(crate) fn next_id(&self, transaction: bool) -> u64 {
-        match self.free.last() {
-            Some(&slot) if transaction => self.id(slot),
-            _ => 0,
+    #[inline]
+    pub(crate) fn next_id(&mut self, transaction: bool) -> u64 {
+        let Some(&slot) = self.free.last().filter(|_| transaction) else { return 0 };
+        let mut id = self.id(slot);
+        // A saved state may say anything of how often slots were used. The id of a transaction that is
+        // in flight is not given once more, whatever it says. Ends: there are fewer than uses.
+        while !self.restored.is_empty() && self.restored.contains_key(&id) {
+            if let Some(slot) = self.slots.get_mut(slot as usize) {
+                slot.uses = slot.uses.wrapping_add(1);
+            }
+            id = self.id(slot);
         }
+        id
     }
 
     fn id(&self, slot: u32) -> u64 {

@@ -41,9 +41,10 @@ impl Traffic {
         self.waiting.extend(line.drain(..));
     }
 
-    /// Nothing is sent while a restore is under way.
-    pub(crate) fn set_still(&mut self, still: bool) {
-        self.still = still || self.frozen;
+    /// Nothing is sent while a restore is under way. There is none of a channel that stands still for
+    /// another reason.
+    pub(crate) fn set_restoring(&mut self, restoring: bool) {
+        (self.restoring, self.still) = (restoring, restoring);
     }
 
     /// Goes on where [`Self::freeze`] or [`Self::stand_still`] has stopped: what waits goes back to
@@ -70,7 +71,7 @@ impl Traffic {
 
     /// Takes a packet that its device hands over, or gives it back: the channel is not frozen.
     pub(crate) fn hand_over(&mut self, waiting: Waiting) -> Result<Consequences, Waiting> {
-        if !self.frozen {
+        if !self.frozen || self.is_stale(&waiting.body) {
             return Err(waiting);
         }
         self.waiting.push(waiting);
@@ -238,13 +239,16 @@ impl Traffic {
         self.transactions.take_in_flight()
     }
 
+    /// Where the ring was written when it was attached, if the peer knows it from before and nothing
+    /// was restored into it yet; and where it is written now.
+    pub(crate) fn resumable(&self) -> Option<(u32, u32)> {
+        let ring = self.ring.as_ref()?;
+        Some((ring.resumable?, ring.writer.write_index()))
+    }
+
     /// The ring's writer goes on at `index`, with room promised to `packets` that come back. Nothing
     /// has changed where it fails.
     pub(crate) fn resume_ring(&mut self, index: u32, packets: usize) -> Result<(), ResumeError> {
-        let available = self.pool.len();
-        if packets > available {
-            return Err(ResumeError::Pool { packets, available });
-        }
         let Some(ring) = &mut self.ring else { return Ok(()) };
         let before = ring.writer.write_index();
         ring.writer.resume_at(index).map_err(ResumeError::Ring)?;
@@ -256,6 +260,7 @@ impl Traffic {
             return Err(ResumeError::Room { promised, free });
         }
         ring.promised = u32::try_from(promised).unwrap_or(u32::MAX);
+        ring.resumable = None;
         Ok(())
     }
 
@@ -264,12 +269,9 @@ impl Traffic {
         self.pool.pop()
     }
 
-    /// Takes back the bodies, and the room, of packets that do not come back after all.
+    /// Takes back the bodies of packets that do not come back after all.
     pub(crate) fn forget_restored(&mut self, bodies: impl IntoIterator<Item = Box<Body>>) {
         self.pool.extend(bodies);
-        if let Some(ring) = &mut self.ring {
-            ring.promised = 0;
-        }
     }
 
     /// The signal to the peer, whatever it waits for.
@@ -283,5 +285,4 @@ impl Traffic {
 pub(crate) enum ResumeError {
     Ring(RingError),
     Room { promised: u64, free: u32 },
-    Pool { packets: usize, available: usize },
 }
