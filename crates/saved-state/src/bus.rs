@@ -16,7 +16,7 @@ use crate::schema::Shape;
 
 use flat::{flat_enum, flat_record};
 
-pub use gpadl::{BusGpadlRecord, Words};
+pub use gpadl::{BusGpadlRecord, Filled};
 
 /// The kind of [`BusHostRecord`].
 pub const BUS_HOST: RecordKind = RecordKind(64);

@@ -63,5 +63,5 @@ pub const MAX_SAVED_SERIAL: u64 = 1 << 62;
 /// they stand for: a message has room for 240 bytes, a list twice what it holds.
 pub const RESTORED_BYTES_PER_BYTE: usize = 16;
 
-/// Bytes that a restore takes beside those: room for the words of one GPADL, and this value.
-pub const RESTORED_BYTES: usize = 128 << 10;
+/// Bytes that a restore takes beside those, however short the state is.
+pub const RESTORED_BYTES: usize = 64 << 10;

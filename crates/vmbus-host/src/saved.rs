@@ -13,8 +13,10 @@
 
 mod check;
 mod error;
+mod from_records;
+mod gpadl;
 mod read;
-mod records;
+mod to_records;
 mod write;
 
 pub use error::{Misfit, RestoreError};

@@ -73,10 +73,16 @@ impl RamMap {
 
     /// The first of these page frames that is not RAM.
     pub(crate) fn first_outside(&self, pfns: &[u64]) -> Option<u64> {
-        // Most often all are in one run, and then one comparison each tells so.
-        let run = pfns.first().and_then(|first| self.run_of(*first));
-        let (first, pages) = run.map_or((0, 0), |(first, end)| (first, end - first));
-        if pfns.iter().all(|pfn| pfn.wrapping_sub(first) < pages) {
+        // Most often all are in one run. Then no difference to its ends has the highest bit: page
+        // frames of RAM have far fewer than 63 bits, and what is below an end wraps around.
+        let (first, last) = pfns.first().and_then(|pfn| self.run_of(*pfn)).map_or(
+            (u64::MAX, 0),
+            |(first, end)| (first, end - 1), // a run is not empty
+        );
+        let differences = pfns
+            .iter()
+            .fold(0, |bits, pfn| bits | pfn.wrapping_sub(first) | last.wrapping_sub(*pfn));
+        if differences >> 63 == 0 && first <= last {
             return None;
         }
         pfns.iter().copied().find(|pfn| !self.contains(*pfn))
@@ -87,6 +93,11 @@ impl RamMap {
     #[must_use]
     pub fn runs(&self) -> &[(u64, u64)] {
         &self.runs
+    }
+
+    /// Whether page frames need more than 32 bits.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.runs.last().is_some_and(|(_, end)| *end > 1 << 32)
     }
 
     /// Adds a run behind the others, if it is one that does not touch them.

@@ -8,10 +8,9 @@ use crate::protobuf::{Counter, Message, Sink};
 use crate::record::{Decode, Encode, EncodeError, Record};
 use crate::schema::{self, Field, Fields, Found, Shape, Value};
 
-/// The words of a GPADL, wherever they are: per range its bytes (low half) and its offset into the first
-/// page (high half), then its page frames.
-pub trait Words {
-    /// Bytes that the words take: 8 each.
+/// Bytes of a record that are written where they belong, wherever they come from.
+pub trait Filled {
+    /// How many.
     fn len(&self) -> usize;
 
     /// Whether there are none.
@@ -19,25 +18,27 @@ pub trait Words {
         self.len() == 0
     }
 
-    /// Writes them, little-endian, into `room`, which is [`Self::len`] bytes long.
-    fn write(&self, room: &mut [u8]);
+    /// Writes them into `room`, which is [`Self::len`] bytes long.
+    fn fill(&self, room: &mut [u8]);
 }
 
 /// As they were written.
-impl Words for &[u8] {
+impl Filled for &[u8] {
     fn len(&self) -> usize {
         <[u8]>::len(self)
     }
 
-    fn write(&self, room: &mut [u8]) {
+    fn fill(&self, room: &mut [u8]) {
         room.copy_from_slice(self);
     }
 }
 
-/// A GPADL. In the order of offers, then of ids. It is never split: with all the words that its messages
-/// can count it takes less than 64 KiB.
+/// A GPADL. In the order of offers, then of ids. It is never split: with all that its messages can
+/// describe it takes less than 128 KiB.
+///
+/// Numbers in its lists are little-endian.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct BusGpadlRecord<W> {
+pub struct BusGpadlRecord<B> {
     /// The number of its channel's offer.
     pub offer: u64,
     /// What the guest calls it.
@@ -46,22 +47,33 @@ pub struct BusGpadlRecord<W> {
     pub step: GpadlStep,
     /// The device has it mapped.
     pub in_use: bool,
-    /// Ranges that its words describe.
-    pub ranges: u32,
-    /// *Assembling*: words announced. Else 0: all are there.
+    /// *Assembling*: ranges announced.
+    pub range_count: u32,
+    /// *Assembling*: words announced, of 8 bytes.
     pub words_total: u32,
-    /// The words that are there.
-    pub words: W,
+    /// *Assembling*: the words that are there, as in the guest's messages.
+    pub received: B,
+    /// Else: of each range its length in bytes and its offset into the first page, 4 bytes each.
+    pub ranges: B,
+    /// Else: page frames have 8 bytes, not 4.
+    pub wide: bool,
+    /// Else: the page frames of all ranges.
+    pub pfns: B,
 }
+
+const LIST: Shape = Shape::Bytes { most: MAX_WORD_BYTES };
 
 const FIELDS: &[Field] = &[
     Field::new(1, "offer", Shape::Uint64).required(),
     Field::new(2, "gpadl", Shape::Uint32),
     Field::new(3, "step", Shape::Enum(GPADL_STEPS)).required(),
     Field::new(4, "in_use", Shape::Bool),
-    Field::new(5, "ranges", Shape::Uint32).required(),
+    Field::new(5, "range_count", Shape::Uint32),
     Field::new(6, "words_total", Shape::Uint32),
-    Field::new(7, "words", Shape::Bytes { most: MAX_WORD_BYTES }),
+    Field::new(7, "received", LIST),
+    Field::new(8, "ranges", LIST),
+    Field::new(9, "wide", Shape::Bool),
+    Field::new(10, "pfns", LIST),
 ];
 
 pub(super) const KIND: &KindInfo = &KindInfo {
@@ -73,39 +85,44 @@ pub(super) const KIND: &KindInfo = &KindInfo {
     check: |payload| schema::check(payload, FIELDS),
 };
 
-impl<W> Record for BusGpadlRecord<W> {
+impl<B> Record for BusGpadlRecord<B> {
     const KIND: &'static KindInfo = KIND;
 }
 
-impl<W: Words> BusGpadlRecord<W> {
+impl<B: Filled> BusGpadlRecord<B> {
     #[inline]
     fn put(&self, to: &mut impl Message) {
         self.offer.put(1, to);
         self.gpadl.put(2, to);
         self.step.put(3, to);
         self.in_use.put(4, to);
-        self.ranges.put(5, to);
+        self.range_count.put(5, to);
         self.words_total.put(6, to);
-        to.filled(7, self.words.len(), |room| self.words.write(room));
+        to.filled(7, self.received.len(), |room| self.received.fill(room));
+        to.filled(8, self.ranges.len(), |room| self.ranges.fill(room));
+        self.wide.put(9, to);
+        to.filled(10, self.pfns.len(), |room| self.pfns.fill(room));
     }
 
-    /// Whether a reader will take it. What is required stands in the first, third and fifth place of the
-    /// table.
+    /// Whether a reader will take it.
     fn check(&self) -> Result<(), FieldError> {
-        let [offer, _, step, _, ranges, _, words] = FIELDS else { return Ok(()) };
+        let [offer, _, step, _, _, _, received, ranges, _, pfns] = FIELDS else { return Ok(()) };
         self.offer.check(offer)?;
         self.step.check(step)?;
-        self.ranges.check(ranges)?;
-        if self.words.len() > MAX_WORD_BYTES {
-            let (found, most) = (self.words.len() as u64, MAX_WORD_BYTES as u64);
-            let (number, name) = (words.number, words.name);
-            return Err(FieldError { number, name, problem: FieldProblem::Length { found, most } });
+        for (field, list) in
+            [(received, &self.received), (ranges, &self.ranges), (pfns, &self.pfns)]
+        {
+            if list.len() > MAX_WORD_BYTES {
+                let (found, most) = (list.len() as u64, MAX_WORD_BYTES as u64);
+                let problem = FieldProblem::Length { found, most };
+                return Err(FieldError { number: field.number, name: field.name, problem });
+            }
         }
         Ok(())
     }
 }
 
-impl<W: Words> Encode for BusGpadlRecord<W> {
+impl<B: Filled> Encode for BusGpadlRecord<B> {
     #[inline]
     fn encoded_len(&self) -> usize {
         let mut counter = Counter::default();
@@ -132,9 +149,12 @@ impl<'a> Decode<'a> for BusGpadlRecord<&'a [u8]> {
                 (2, Value::Uint32(found)) => record.gpadl = found,
                 (3, value) => record.step = Flat::take(value).unwrap_or_default(),
                 (4, Value::Bool(found)) => record.in_use = found,
-                (5, Value::Uint32(found)) => record.ranges = found,
+                (5, Value::Uint32(found)) => record.range_count = found,
                 (6, Value::Uint32(found)) => record.words_total = found,
-                (7, Value::Bytes(found)) => record.words = found,
+                (7, Value::Bytes(found)) => record.received = found,
+                (8, Value::Bytes(found)) => record.ranges = found,
+                (9, Value::Bool(found)) => record.wide = found,
+                (10, Value::Bytes(found)) => record.pfns = found,
                 _ => {} // from a later version
             }
         }

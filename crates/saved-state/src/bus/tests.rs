@@ -108,15 +108,18 @@ fn every_field_comes_back() {
         message: &[4; MAX_MESSAGE_BYTES],
         for_reserved: true,
     };
-    let words = [5; MAX_WORD_BYTES];
+    let list = [5; MAX_WORD_BYTES];
     let gpadl = BusGpadlRecord {
         offer: 1,
         gpadl: 2,
         step: GpadlStep::Assembling,
         in_use: true,
-        ranges: 3,
+        range_count: 3,
         words_total: 4,
-        words: &words[..],
+        received: &list[..],
+        ranges: &list[1..],
+        wide: true,
+        pfns: &list[2..],
     };
     let room = &mut Vec::new();
     there_and_back(&host, room);
@@ -145,34 +148,35 @@ fn what_no_reader_would_take_is_not_written() {
     );
     let message = BusMessageRecord { serial: 1, message: &[], ..BusMessageRecord::default() };
     assert_eq!(encoded(&message), refused(4, "message", missing));
-    let gpadl = BusGpadlRecord {
-        offer: 1,
-        step: GpadlStep::Created,
-        ranges: 1,
-        words: &[0; MAX_WORD_BYTES + 1][..],
-        ..BusGpadlRecord::default()
-    };
-    let long = FieldProblem::Length { found: 65_529, most: 65_528 };
-    assert_eq!(encoded(&gpadl), refused(7, "words", long));
+    let gpadl: BusGpadlRecord<&[u8]> =
+        BusGpadlRecord { offer: 1, step: GpadlStep::Created, ..BusGpadlRecord::default() };
     for (record, number, name) in [
-        (BusGpadlRecord { offer: 0, words: &[][..], ..gpadl }, 1, "offer"),
-        (BusGpadlRecord { step: GpadlStep::Unspecified, words: &[], ..gpadl }, 3, "step"),
-        (BusGpadlRecord { ranges: 0, words: &[], ..gpadl }, 5, "ranges"),
+        (BusGpadlRecord { offer: 0, ..gpadl }, 1, "offer"),
+        (BusGpadlRecord { step: GpadlStep::Unspecified, ..gpadl }, 3, "step"),
     ] {
         assert_eq!(encoded(&record), refused(number, name, missing));
+    }
+    let list = &[0; MAX_WORD_BYTES + 1][..];
+    for (record, number, name) in [
+        (BusGpadlRecord { received: list, ..gpadl }, 7, "received"),
+        (BusGpadlRecord { ranges: list, ..gpadl }, 8, "ranges"),
+        (BusGpadlRecord { pfns: list, ..gpadl }, 10, "pfns"),
+    ] {
+        let long = FieldProblem::Length { found: 65_529, most: 65_528 };
+        assert_eq!(encoded(&record), refused(number, name, long));
     }
 }
 
 #[test]
-fn words_that_lie_in_pieces_are_written_where_they_belong() {
-    struct Pieces;
-    impl Words for Pieces {
+fn bytes_that_lie_in_pieces_are_written_where_they_belong() {
+    struct Pieces(u8);
+    impl Filled for Pieces {
         fn len(&self) -> usize {
-            16
+            self.0.into()
         }
-        fn write(&self, room: &mut [u8]) {
-            assert_eq!(room.len(), 16);
-            room.fill(0x5a);
+        fn fill(&self, room: &mut [u8]) {
+            assert_eq!(room.len(), self.len());
+            room.fill(self.0);
         }
     }
     let pieces = BusGpadlRecord {
@@ -180,11 +184,15 @@ fn words_that_lie_in_pieces_are_written_where_they_belong() {
         gpadl: 0,
         step: GpadlStep::Created,
         in_use: false,
-        ranges: 1,
+        range_count: 0,
         words_total: 0,
-        words: Pieces,
+        received: Pieces(0),
+        ranges: Pieces(8),
+        wide: false,
+        pfns: Pieces(200),
     };
     let bytes = encoded(&pieces).unwrap();
     let decoded = BusGpadlRecord::<&[u8]>::decode(&bytes).unwrap();
-    assert_eq!(decoded.words, [0x5a; 16]);
+    let expected = (&[][..], &[8; 8][..], &[200; 200][..]);
+    assert_eq!((decoded.received, decoded.ranges, decoded.pfns), expected);
 }

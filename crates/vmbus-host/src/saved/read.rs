@@ -17,7 +17,8 @@ use crate::offer::OfferId;
 use crate::outgoing::SlotId;
 use crate::saved::check::Place;
 use crate::saved::error::{Misfit, RestoreError};
-use crate::saved::records::{self, Around};
+use crate::saved::from_records::{self, Around};
+use crate::saved::gpadl;
 use crate::shape::{GuestShape, RamMap};
 
 /// A host that is being restored. Whatever the bytes, it takes at most
@@ -52,8 +53,6 @@ struct Begun {
     record: BusHostRecord,
     /// Records of each kind of [`KINDS`] that are still to come.
     left: [u32; KINDS.len()],
-    /// Room for the words of one GPADL: 64 KiB at most.
-    words: Vec<u64>,
 }
 
 impl Default for HostRestore {
@@ -181,7 +180,7 @@ impl Begun {
             || record.after_end == AfterEnd::Accepted;
         let BusHostRecord { ram_runs, channels, gpadls, hvsock_requests, messages, .. } = record;
         let left = [0, ram_runs, u32::from(agreed), channels, gpadls, hvsock_requests, messages];
-        Ok(Self { host, record, left, words: Vec::new() })
+        Ok(Self { host, record, left })
     }
 
     fn take(&mut self, place: Place, chunk: &Chunk<'_>) -> Result<(), RestoreError> {
@@ -226,7 +225,7 @@ impl Begun {
         record: BusConnectionRecord,
     ) -> Result<(), RestoreError> {
         let newest = self.host.config.newest_version;
-        let agreed = records::connection(place, &record, newest, &self.host.shape)?;
+        let agreed = from_records::connection(place, &record, newest, &self.host.shape)?;
         self.host.connection = match self.record.connection {
             ConnectionStep::Connected => Connection::Connected(agreed),
             _ => {
@@ -257,7 +256,7 @@ impl Begun {
         place.behind("offer", record.offer, last < Some(offer))?;
         let around =
             Around { vp_count: self.record.vp_count, last_serial: self.record.last_serial };
-        let channel = records::channel(place, record, around)?;
+        let channel = from_records::channel(place, record, around)?;
         let found = channel.channel_id.into();
         match self.host.channels.put_back(offer, channel) {
             true => Ok(()),
@@ -277,7 +276,7 @@ impl Begun {
         let key = (offer, record.gpadl);
         let last = self.host.gpadls.table.last_key_value().map(|(last, _)| *last);
         place.behind("gpadl", record.gpadl.into(), last < Some(key))?;
-        let state = records::gpadl(place, record, &self.host.shape.ram, &mut self.words)?;
+        let state = gpadl::from_record(place, record, &self.host.shape.ram)?;
         match self.host.gpadls.put_back(offer, record.gpadl, state, record.in_use) {
             true => Ok(()),
             false => Err(place.wrong("gpadl", Misfit::Taken { found: record.gpadl.into() })),
@@ -289,7 +288,7 @@ impl Begun {
         let waiting = &mut self.host.hvsock.waiting;
         let last = waiting.last_key_value().map(|(last, _)| *last);
         place.behind("id", record.id, last < Some(record.id))?;
-        waiting.insert(record.id, records::hvsock(place, &record)?);
+        waiting.insert(record.id, from_records::hvsock(place, &record)?);
         Ok(())
     }
 
@@ -302,7 +301,7 @@ impl Begun {
         let queue = &mut self.host.outgoing.queue;
         let last = queue.back().map(|last| last.serial);
         place.behind("serial", record.serial, last < Some(record.serial))?;
-        queue.push_back(records::message(place, record, self.record.vp_count)?);
+        queue.push_back(from_records::message(place, record, self.record.vp_count)?);
         Ok(())
     }
 }

@@ -2,9 +2,9 @@
 
 use kmcl::bus::USER_DATA_SIZE;
 use saved_state::bus::{
-    BusChannelRecord, BusConnectionRecord, BusGpadlRecord, BusHvsockRecord, BusMessageRecord,
-    GpadlStep, OfferStep, OpenStep,
+    BusChannelRecord, BusConnectionRecord, BusHvsockRecord, BusMessageRecord, OfferStep, OpenStep,
 };
+use vmbus_wire::guid::Guid;
 use vmbus_wire::message::MessageBuffer;
 use vmbus_wire::version::{FeatureFlags, Version};
 
@@ -13,13 +13,12 @@ use crate::connection::{
     CONNECTION_ID_MASK, Established, LAST_RESERVED_CONNECTION, SUPPORTED_FEATURES,
 };
 use crate::effect::HvsockRequest;
-use crate::gpadl::{Assembly, GpadlRefusal, GpadlState, pages};
 use crate::limits::MAX_CHANNEL_ID;
 use crate::offer::{OfferKey, OfferParams};
 use crate::outgoing::OutgoingMessage;
 use crate::saved::check::Place;
 use crate::saved::error::{Misfit, RestoreError};
-use crate::shape::{GuestShape, RamMap};
+use crate::shape::GuestShape;
 
 type Checked<T> = Result<T, RestoreError>;
 
@@ -50,7 +49,7 @@ pub(super) fn connection(
     let features = features.ok_or_else(|| place.wrong("features", unknown))?;
     let slot = place.slot(("slot_vp", slot_vp), ("slot_sint", slot_sint), shape.vp_count)?;
     if !named {
-        place.absent(&[("client_id", client_id != vmbus_wire::guid::Guid::ZERO)], "named")?;
+        place.absent(&[("client_id", client_id != Guid::ZERO)], "named")?;
     }
     if page != 0 && (version.has_event_flags_page() || !shape.ram.is_page(page)) {
         return Err(place.wrong("interrupt_page", Misfit::Unknown { found: page }));
@@ -248,48 +247,10 @@ fn modifying(
     Ok(Some(Modifying { serial, target_vp, answered: record.modifying_told }))
 }
 
-/// `words` is room that is used again.
-pub(super) fn gpadl(
-    place: Place,
-    record: &BusGpadlRecord<&[u8]>,
-    ram: &RamMap,
-    words: &mut Vec<u64>,
-) -> Checked<GpadlState> {
-    let range_count = place.half_word("ranges", record.ranges)?;
-    let (encoded, rest) = record.words.as_chunks();
-    if !rest.is_empty() {
-        let found = record.words.len() as u64;
-        return Err(place.wrong("words", Misfit::Length { found }));
-    }
-    words.clear();
-    words.extend(encoded.iter().copied().map(u64::from_le_bytes));
-    if record.step == GpadlStep::Assembling {
-        place.absent(&[("in_use", record.in_use)], "step")?;
-        // A word more than there are, and two for every range; as a GPADL_HEADER can announce.
-        let least = (words.len() as u64 + 1).max(2 * u64::from(range_count));
-        let most = (saved_state::bus::MAX_WORD_BYTES / size_of::<u64>()) as u64;
-        let total = place.range("words_total", record.words_total.into(), least, most)?;
-        let words_total = usize::try_from(total).unwrap_or(usize::MAX);
-        let words = words.clone();
-        return Ok(GpadlState::Assembling(Assembly { words, words_total, range_count }));
-    }
-    place.absent(&[("words_total", record.words_total != 0)], "step")?;
-    let pages = pages(words, range_count, ram).map_err(|refusal| match refusal {
-        GpadlRefusal::Ranges(error) => place.wrong("words", Misfit::Ranges(error)),
-        GpadlRefusal::NotRam { pfn } => place.wrong("words", Misfit::NotRam { pfn }),
-        // `pages` has no other.
-        _ => place.wrong("words", Misfit::Length { found: record.words.len() as u64 }),
-    })?;
-    Ok(match record.step {
-        GpadlStep::TearingDown => GpadlState::TearingDown(pages),
-        _ => GpadlState::Created(pages),
-    })
-}
-
 pub(super) fn hvsock(place: Place, record: &BusHvsockRecord) -> Checked<HvsockRequest> {
     let BusHvsockRecord { id, endpoint_id, service_id, contained, silo_id } = *record;
     if !contained {
-        place.absent(&[("silo_id", silo_id != vmbus_wire::guid::Guid::ZERO)], "contained")?;
+        place.absent(&[("silo_id", silo_id != Guid::ZERO)], "contained")?;
     }
     let silo_id = contained.then_some(silo_id);
     Ok(HvsockRequest { id, endpoint_id, service_id, silo_id })
