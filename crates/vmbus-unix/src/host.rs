@@ -33,7 +33,7 @@ use crate::timer::Timer;
 use accept::Door;
 pub use hold::{HeldHost, HoldError};
 use port::Port;
-pub use restore::{FinishError, RestoreError, RestoringHost};
+pub use restore::{FinishError, NotFinished, RestoreError, RestoringHost};
 pub use saved::{TransportReadError, TransportSave, TransportSaveError};
 use session::Hearing;
 

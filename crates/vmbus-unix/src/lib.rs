@@ -72,6 +72,7 @@ mod timer;
 pub use error::{BindError, ConnectError, ConnectionError, FrameError, Reason, ResumeError};
 pub use guest::{GuestEvent, GuestOptions, UnixGuest};
 pub use host::{
-    FinishError, HeldHost, HoldError, HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES, Peer,
-    RestoreError, RestoringHost, TransportReadError, TransportSave, TransportSaveError, UnixHost,
+    FinishError, HeldHost, HoldError, HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES,
+    NotFinished, Peer, RestoreError, RestoringHost, TransportReadError, TransportSave,
+    TransportSaveError, UnixHost,
 };

@@ -202,7 +202,7 @@ impl UnixHost {
                     self.turn_away(&mut link, "the host waits for the guest of its saved state");
                 }
             },
-            Ok(Introduction::Back(returning)) => self.go_on(driver, token, link, returning),
+            Ok(Introduction::Back(returning)) => self.take_back(driver, token, link, returning),
             Err(reason) => self.refuse(link, reason),
         }
         driver.door.set_timer();
@@ -253,7 +253,7 @@ impl UnixHost {
     }
 
     /// The guest is back.
-    fn go_on(&self, driver: &mut Driver, token: u64, link: Link, returning: Returning) {
+    fn take_back(&self, driver: &mut Driver, token: u64, link: Link, returning: Returning) {
         let memory_bytes = returning.memory.total_bytes();
         let answer_again = returning.answer_again;
         let begun = match &driver.stage {

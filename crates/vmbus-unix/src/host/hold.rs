@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kmcl::SaveOptions;
+use vmbus_host::HeldBus;
 
 use super::saved::{TransportSave, TransportSaveError};
 use super::session::Hearing;
@@ -19,7 +20,16 @@ use crate::error::{ConnectionError, Reason};
 /// channel does after a save makes the saved state void, which only `release` says
 /// ([`crate::resume`]).
 #[derive(Debug)]
+#[must_use = "dropping it lets the host go on"]
 pub struct HeldHost<'a> {
+    // In the order in which they are let go: the transport before the bus that wants to use it.
+    gate: Gate<'a>,
+    bus: HeldBus,
+}
+
+/// The host goes on when it is dropped, unless it has moved away.
+#[derive(Debug)]
+struct Gate<'a> {
     host: &'a UnixHost,
     /// Something was saved that another process could go on with.
     saved: AtomicBool,
@@ -58,12 +68,13 @@ impl UnixHost {
             Stage::Restoring { .. } => return Err(HoldError::Restoring),
             Stage::Gone => return Err(HoldError::Gone),
         }
+        let bus = self.bus.hold();
         self.set_door_held(&driver, true);
         self.watch_event_port(false);
         if let Some(session) = &mut *self.port.session() {
             session.set_hearing(&self.port.poller, Hearing::Held);
         }
-        Ok(HeldHost { host: self, saved: AtomicBool::new(false) })
+        Ok(HeldHost { gate: Gate { host: self, saved: AtomicBool::new(false) }, bus })
     }
 }
 
@@ -71,7 +82,12 @@ impl<'a> HeldHost<'a> {
     /// The host.
     #[must_use]
     pub fn host(&self) -> &'a UnixHost {
-        self.host
+        self.gate.host
+    }
+
+    /// Its bus, to be saved as well.
+    pub fn bus(&self) -> &HeldBus {
+        &self.bus
     }
 
     /// The state of the transport, to be written to wherever it is kept. It is good until
@@ -80,7 +96,7 @@ impl<'a> HeldHost<'a> {
     /// # Errors
     /// [`TransportSaveError`]; a guest that does not outlive this process cannot be saved.
     pub fn save(&self, options: &SaveOptions) -> Result<TransportSave, TransportSaveError> {
-        let guest = match &*self.host.port.session() {
+        let guest = match &*self.gate.host.port.session() {
             None => None,
             Some(session) => {
                 let cannot = TransportSaveError::GuestCannotResume { peer: session.peer };
@@ -88,7 +104,7 @@ impl<'a> HeldHost<'a> {
             }
         };
         // Before anybody can have the bytes.
-        self.saved.store(true, Ordering::Relaxed);
+        self.gate.saved.store(true, Ordering::Relaxed);
         Ok(TransportSave::new(guest.as_ref(), options)?)
     }
 
@@ -100,14 +116,19 @@ impl<'a> HeldHost<'a> {
     /// killed. Another process may serve at the path at once, and go on with the saved state. What
     /// devices do with the bus from now on has no effect.
     pub fn move_away(self) {
-        let mut driver = lock(&self.host.driver);
+        let Self { gate, bus } = self;
+        bus.move_away();
+        let host = gate.host;
+        let mut driver = lock(&host.driver);
         driver.stage = Stage::Gone;
         driver.listener = None; // before the guest looks for another host
-        self.host.forget(ConnectionError::Closed);
+        host.forget(ConnectionError::Closed);
+        drop(driver); // the gate takes it
     }
+}
 
-    /// [`HeldHost::release`].
-    fn go_on(&self) {
+impl Drop for Gate<'_> {
+    fn drop(&mut self) {
         let host = self.host;
         let mut driver = lock(&host.driver);
         if !matches!(driver.stage, Stage::Held) {
@@ -118,7 +139,7 @@ impl<'a> HeldHost<'a> {
                 && let Some(resumable) = &mut session.resumable
                 && let Err(error) = resumable.epoch.raise()
             {
-                // Not to be void must not be: then it is the connection that is.
+                // What was saved is not void: then the connection has to be.
                 session.link.hold(false);
                 accept::say(&mut session.link, Reason::Ended, "the epoch cannot be raised");
                 session.fail(ConnectionError::system("pwrite")(error));
@@ -128,13 +149,5 @@ impl<'a> HeldHost<'a> {
         driver.stage = Stage::Serving;
         host.set_door_held(&driver, false);
         host.watch_event_port(true);
-        drop(driver);
-        host.bus.messages_drained();
-    }
-}
-
-impl Drop for HeldHost<'_> {
-    fn drop(&mut self) {
-        self.go_on();
     }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmbus_host::{GuestPort, HostBus};
+use vmbus_host::{FinishRestoreError, GuestPort, HostBus};
+use vmbus_memory::MappingBudget;
 
 use super::saved::{self, TransportReadError};
 use super::session::Hearing;
@@ -33,9 +34,23 @@ pub enum RestoreError {
     /// The state of the transport is none.
     #[error("the state of the transport: {0}")]
     Transport(#[from] TransportReadError),
+    /// The state of the bus is none.
+    #[error("the state of the bus: {0}")]
+    Bus(#[from] vmbus_host::RestoreError),
 }
 
-/// Why a host did not go on with a saved state. The state is as good as it was.
+/// A host did not go on with a saved state. The state is as good as it was.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct NotFinished {
+    /// The host, as it was: more offers can be made, or others, and the guest may come back.
+    pub restoring: RestoringHost,
+    /// Why not.
+    #[source]
+    pub why: FinishError,
+}
+
+/// Why a host did not go on with a saved state.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FinishError {
@@ -45,6 +60,29 @@ pub enum FinishError {
     /// The guest would go on with the same state once more.
     #[error("the epoch cannot be raised: {0}")]
     Epoch(io::Error),
+    /// The devices, or the guest, are not those that were saved.
+    #[error(transparent)]
+    Bus(#[from] FinishRestoreError),
+}
+
+impl UnixHost {
+    /// Serves at `path` in the place of a host that was saved, with the state of its transport
+    /// ([`HeldHost::save`](super::HeldHost::save)) and of its bus ([`vmbus_host::HeldBus::save`]), each a
+    /// whole stream. That host must be gone. What the bus is willing to do is in the state;
+    /// [`HostOptions::bus`] is not used.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn bind_restoring(
+        path: impl AsRef<Path>,
+        options: HostOptions,
+        transport: &[u8],
+        bus: &[u8],
+    ) -> Result<RestoringHost, RestoreError> {
+        RestoringHost::start(path.as_ref(), options, transport, |port| {
+            HostBus::restoring(port, MappingBudget::default(), bus)
+        })
+    }
 }
 
 impl RestoringHost {
@@ -53,13 +91,14 @@ impl RestoringHost {
         options: HostOptions,
         transport: &[u8],
         new_bus: impl FnOnce(Arc<dyn GuestPort>) -> Result<HostBus, E>,
-    ) -> Result<Self, E>
+    ) -> Result<Self, RestoreError>
     where
-        E: From<BindError> + From<TransportReadError>,
+        RestoreError: From<E>,
     {
         let saved = saved::read(transport)?.map(Box::new);
-        let host = UnixHost::start(path, options, Stage::Restoring { saved }, new_bus)?;
-        Ok(Self { host })
+        let stage = Stage::Restoring { saved };
+        let new_bus = |port| new_bus(port).map_err(RestoreError::from);
+        Ok(Self { host: UnixHost::start(path, options, stage, new_bus)? })
     }
 
     /// The bus on which the devices make the offers that they made before.
@@ -123,41 +162,56 @@ impl RestoringHost {
         Ok(true)
     }
 
-    /// The host goes on where the saved one stopped, if `go_on` has the bus do so.
+    /// The host goes on where the saved one stopped. The devices have made their offers, and the guest
+    /// is back. The devices whose channels were open get their rings from here on; their channels may be
+    /// started before or after.
     ///
-    /// The epoch is raised first: whatever comes of it from then on, nobody else may go on with the
-    /// same state. Where the bus refuses, nothing has come of it, and the state is good again.
-    pub(super) fn finish_with<E: From<FinishError>>(
+    /// # Errors
+    /// [`NotFinished`], which has the host: nothing has come of it for the guest or for any device.
+    pub fn finish(self) -> Result<UnixHost, Box<NotFinished>> {
+        self.finish_with(|bus| Ok(bus.finish_restore()?))
+    }
+
+    /// [`RestoringHost::finish`], if `go_on` has the bus go on.
+    pub(super) fn finish_with(
         self,
-        go_on: impl FnOnce(&HostBus) -> Result<(), E>,
-    ) -> Result<UnixHost, E> {
-        let Self { host } = self;
-        let mut driver = lock(&host.driver);
-        let had_guest = matches!(driver.stage, Stage::Restoring { saved: Some(_) });
-        let is_gone = host.port.session().as_ref().is_none_or(|session| session.link.is_hung_up());
-        if had_guest && is_gone {
-            return Err(FinishError::NoGuest.into());
+        go_on: impl FnOnce(&HostBus) -> Result<(), FinishError>,
+    ) -> Result<UnixHost, Box<NotFinished>> {
+        match self.host.go_on(go_on) {
+            Ok(()) => Ok(self.host),
+            Err(why) => Err(Box::new(NotFinished { restoring: self, why })),
         }
-        host.set_epoch(1)?;
-        if let Err(error) = go_on(&host.bus) {
-            // Fails only where raising it would have.
-            host.set_epoch(-1)?;
-            return Err(error);
-        }
-        driver.stage = Stage::Serving;
-        host.watch_event_port(true);
-        if let Some(session) = &mut *host.port.session() {
-            session.set_hearing(&host.port.poller, Hearing::Normal);
-            session.ring_all();
-        }
-        drop(driver);
-        host.bus.messages_drained();
-        Ok(host)
     }
 }
 
 impl UnixHost {
-    fn set_epoch(&self, change: i64) -> Result<(), FinishError> {
+    /// The epoch is raised first: whatever comes of it from then on, nobody else may go on with the same
+    /// state. Where the bus refuses, nothing has come of it, and the state is good again.
+    fn go_on(
+        &self,
+        bus_goes_on: impl FnOnce(&HostBus) -> Result<(), FinishError>,
+    ) -> Result<(), FinishError> {
+        let mut driver = lock(&self.driver);
+        let had_guest = matches!(driver.stage, Stage::Restoring { saved: Some(_) });
+        let is_gone = self.port.session().as_ref().is_none_or(|session| session.link.is_hung_up());
+        if had_guest && is_gone {
+            return Err(FinishError::NoGuest);
+        }
+        self.change_epoch(1)?;
+        if let Err(error) = bus_goes_on(&self.bus) {
+            self.change_epoch(-1)?; // fails only where raising it would have
+            return Err(error);
+        }
+        driver.stage = Stage::Serving;
+        self.watch_event_port(true);
+        if let Some(session) = &mut *self.port.session() {
+            session.set_hearing(&self.port.poller, Hearing::Normal);
+            session.ring_all();
+        }
+        Ok(())
+    }
+
+    fn change_epoch(&self, change: i64) -> Result<(), FinishError> {
         let mut session = self.port.session();
         let resumable = session.as_mut().and_then(|session| session.resumable.as_mut());
         let Some(resumable) = resumable else { return Ok(()) };

@@ -38,7 +38,7 @@ impl Place {
     fn try_restoring(&self, transport: &[u8]) -> Result<RestoringHost, RestoreError> {
         let options = HostOptions::default();
         RestoringHost::start(&self.path, options, transport, |port| {
-            Ok::<_, RestoreError>(HostBus::new(port, Config::default()))
+            Ok::<_, BindError>(HostBus::new(port, Config::default()))
         })
     }
 
@@ -74,7 +74,7 @@ fn save_and_kill(host: &UnixHost) -> Vec<u8> {
 fn finish(restoring: RestoringHost) -> UnixHost {
     let go_on = |bus: &HostBus| {
         bus.guest_reset();
-        Ok::<_, FinishError>(())
+        Ok(())
     };
     restoring.finish_with(go_on).unwrap()
 }
@@ -331,7 +331,7 @@ fn a_state_is_used_once() {
     }
     let restoring = place.restoring(&state);
     until(&restoring, &guest, back);
-    let refused = |_: &HostBus| Err::<(), _>(FinishError::NoGuest);
+    let refused = |_: &HostBus| Err(FinishError::NoGuest);
     assert!(restoring.finish_with(refused).is_err());
     let restoring = place.restoring(&state);
     until(&restoring, &guest, back);
@@ -472,6 +472,7 @@ fn a_guest_that_is_gone_again_is_awaited_again() {
         assert!(Instant::now() < deadline);
         restoring.drive().unwrap();
     }
-    let finished = restoring.finish_with(|_| Ok::<_, FinishError>(()));
-    assert!(matches!(finished, Err(FinishError::NoGuest)));
+    let refused = restoring.finish_with(|_| Ok(())).unwrap_err();
+    assert!(matches!(refused.why, FinishError::NoGuest));
+    assert!(!refused.restoring.guest_is_back());
 }

@@ -15,5 +15,6 @@ mod floods;
 mod greetings;
 mod hosts;
 mod raw;
+mod returning;
 mod returns;
 mod sessions;

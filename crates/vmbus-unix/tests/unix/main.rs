@@ -10,5 +10,6 @@
 
 mod ends;
 mod killed;
+mod moves;
 mod serve;
 mod versions;
