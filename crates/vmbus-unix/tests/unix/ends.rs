@@ -37,7 +37,7 @@ impl Source for Drive<UnixGuest> {
 }
 
 /// Completes each packet with its own payload.
-struct Echo;
+pub(crate) struct Echo;
 
 impl ProcessPacket for Echo {
     fn process_packet(&self, _: &Channel, packet: IncomingPacket) {

@@ -6,18 +6,25 @@
 //! sees when a process is killed.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kmcl::{
-    Channel, ChannelState, IncomingPacket, NtStatus, Packet, PacketCompletion, ProcessPacket,
-    ResumedPacket, Save, SaveOptions, SendFlags, Side,
+    Channel, ChannelState, Frozen, Guid, IncomingPacket, NtStatus, Packet, PacketCompletion,
+    ProcessPacket, ResumedPacket, Save, SaveOptions, SendFlags, Side,
 };
+use kmcl_worker::Worker;
 use tempfile::TempDir;
+use vmbus_guest::ConnectionState;
 use vmbus_host::HostBus;
-use vmbus_unix::{GuestEvent, GuestOptions, HostOptions, RestoringHost, UnixGuest, UnixHost};
+use vmbus_unix::{
+    ConnectionError, FinishError, GuestEvent, GuestOptions, HeldHost, HostOptions, Reason,
+    RestoringHost, UnixGuest, UnixHost,
+};
+use vmbus_wire::version::Version;
 
-use crate::ends::{ECHO, INSTANCE, MEMORY, PATIENCE};
+use crate::ends::{Client, Drive, ECHO, Echo, INSTANCE, MEMORY, PATIENCE, echo, eventually};
 
 /// Requests of a whole life.
 const REQUESTS: u64 = 40;
@@ -256,7 +263,7 @@ struct Saved {
 }
 
 impl Saved {
-    fn of(held: &vmbus_unix::HeldHost<'_>, frozen: &kmcl::Frozen) -> Self {
+    fn of(held: &HeldHost<'_>, frozen: &Frozen) -> Self {
         let options = SaveOptions::default();
         assert_eq!(frozen.running(), 0);
         Self {
@@ -286,11 +293,14 @@ fn life() -> usize {
 fn a_server_can_move_at_every_step() {
     let steps = life();
     assert!((150..2000).contains(&steps), "{steps}");
+    let mut at_work = 0;
     for step in 0..steps {
         let mut world = World::new();
         (0..step).for_each(|_| world.step());
+        at_work += usize::from(lock(&world.slow.held).len() >= KEPT);
         world.move_on().finish(&format!("moved at step {step}"));
     }
+    assert!(at_work > steps / 4, "requests in flight at {at_work} of {steps} moves");
 }
 
 #[test]
@@ -314,17 +324,201 @@ fn a_save_that_is_thrown_away_changes_nothing() {
     for step in (0..steps).step_by(3) {
         let mut world = World::new();
         (0..step).for_each(|_| world.step());
+        drop(world.save_for_nothing());
+        (0..5).for_each(|_| world.step());
+        drop(world.save_for_nothing());
+        world.move_on().finish(&format!("saved for nothing at step {step}"));
+    }
+}
+
+/// Nobody goes on with what was thrown away, whether anything has happened since or not.
+#[test]
+fn a_save_that_was_thrown_away_is_void() {
+    for (before, after) in [(0, 0), (10, 0), (60, 0), (60, 1), (60, 30), (120, 0), (120, 40)] {
+        let mut world = World::new();
+        (0..before).for_each(|_| world.step());
         let stale = world.save_for_nothing();
-        let saved = world.save_and_kill();
-        // The state that was thrown away is refused, and its server awaits its guest in vain: the one
-        // that comes has gone on.
+        (0..after).for_each(|_| world.step());
+        drop(world.save_and_kill());
         let restoring = world.restoring(&stale);
-        while world.guest.is_linked() || restoring.take_events().is_empty() {
+        let deadline = Instant::now() + PATIENCE;
+        while world.guest.lost().is_none() {
+            assert!(Instant::now() < deadline);
             restoring.drive().unwrap();
             world.guest.drive().unwrap();
         }
-        drop(restoring);
-        let lost = world.guest.lost();
-        drop((saved, lost));
+        let lost = world.guest.lost().unwrap();
+        let refused = matches!(*lost, ConnectionError::Refused { reason: Reason::Stale, .. });
+        assert!(refused && !restoring.guest_is_back(), "{before}, {after}: {lost}");
     }
+}
+
+/// Whoever sleeps is woken: a client that waits for each answer, on threads that do nothing unless
+/// they are signalled.
+fn moves_under_load(options: GuestOptions, moves: usize) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vmbus");
+    let worker = Worker::spawn("server").unwrap();
+    let host = Arc::new(UnixHost::bind(&path).unwrap());
+    let mut echo_device = quick_device(host.bus());
+    worker.add(&echo_device).unwrap();
+    echo_device.enable().unwrap();
+    echo_device.start();
+    let source = |host: &Arc<UnixHost>| {
+        worker.add_source(Arc::clone(host), Arc::new(Drive(Arc::clone(host)))).unwrap()
+    };
+    let mut host = (source(&host), host);
+    let client = Client::connect_with(&path, options).unwrap();
+    let channel = &client.channel;
+    let (answered, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let number = answered.load(Ordering::Relaxed).to_le_bytes();
+                assert_eq!(echo(channel, &number).unwrap(), number);
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        for round in 0..moves {
+            let before = answered.load(Ordering::Relaxed);
+            eventually(|| answered.load(Ordering::Relaxed) > before + 10 || load.is_finished());
+            assert!(!load.is_finished(), "round {round}");
+            let (source_id, old) = host;
+            let held = old.hold().unwrap();
+            let frozen = echo_device.freeze().unwrap();
+            assert!(frozen.wait(Some(PATIENCE)));
+            let saved = Saved::of(&held, &frozen);
+            frozen.move_away();
+            held.move_away();
+            worker.remove_source(source_id);
+            worker.remove(&echo_device);
+            drop(old);
+            let options = HostOptions::default();
+            let restoring =
+                UnixHost::bind_restoring(&path, options, &saved.transport, &saved.bus).unwrap();
+            echo_device = quick_device(restoring.bus());
+            echo_device.enable().unwrap();
+            echo_device.restore_from(&saved.channel[..]).unwrap();
+            worker.add(&echo_device).unwrap();
+            assert!(restoring.drive_until_back(PATIENCE).unwrap());
+            let next = Arc::new(restoring.finish().unwrap());
+            echo_device.start();
+            host = (source(&next), next);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    echo_device.disable();
+    worker.remove(&echo_device);
+    drop(client);
+}
+
+/// Completes each packet with its own payload, at once.
+fn quick_device(bus: &HostBus) -> Channel {
+    let device = Channel::allocate(Side::Server, Arc::new(bus.clone()));
+    device.server_init_set_target_interface_id(ECHO, INSTANCE).unwrap();
+    device.init_set_process_packet_callbacks(Arc::new(Echo)).unwrap();
+    device
+}
+
+#[test]
+fn a_server_moves_under_load() {
+    let reconnect = Some(PATIENCE);
+    moves_under_load(GuestOptions { reconnect, ..GuestOptions::new(MEMORY) }, 30);
+}
+
+/// Signals of old versions go through bits in shared pages, and one event for all of them.
+#[test]
+fn a_server_of_an_old_guest_moves_under_load() {
+    let mut options = GuestOptions { reconnect: Some(PATIENCE), ..GuestOptions::new(MEMORY) };
+    options.config.versions = vec![Version::V1_1];
+    moves_under_load(options, 10);
+}
+
+/// Offers that the socket had no room for are in the bus's state, and come from the next host.
+#[test]
+fn messages_that_wait_for_room_come_from_the_next_host() {
+    const DEVICES: u128 = 1500;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vmbus");
+    let host = UnixHost::bind(&path).unwrap();
+    let offer = |bus: &HostBus| -> Vec<_> {
+        let offer = |instance| {
+            let channel = Channel::allocate(Side::Server, Arc::new(bus.clone()));
+            let instance = Guid::from_u128(instance);
+            channel.server_init_set_target_interface_id(ECHO, instance).unwrap();
+            channel.init_set_process_packet_callbacks(Arc::new(Echo)).unwrap();
+            channel.enable().unwrap();
+            channel
+        };
+        (1..=DEVICES).map(offer).collect()
+    };
+    let devices = offer(host.bus());
+    let options = GuestOptions { reconnect: Some(PATIENCE), ..GuestOptions::new(MEMORY) };
+    let guest = std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| UnixGuest::connect_with(&path, options).unwrap());
+        while !connecting.is_finished() {
+            host.wait(Some(Duration::from_millis(1))).unwrap();
+            host.drive().unwrap();
+        }
+        connecting.join().unwrap()
+    });
+    // It asks for offers, and does not look at any.
+    while host.bus().usage().messages == 0 {
+        assert_eq!(guest.bus().offers().len(), 0);
+        host.drive().unwrap();
+        if !matches!(guest.bus().state(), ConnectionState::Connected { .. }) {
+            guest.drive().unwrap();
+        }
+    }
+    let waiting = host.bus().usage().messages;
+    assert!(waiting > 100 && waiting < 1400, "{waiting}");
+    let held = host.hold().unwrap();
+    let options = SaveOptions::default();
+    let transport = bytes(held.save(&options).unwrap());
+    let bus = bytes(held.bus().save(&options).unwrap());
+    for device in &devices {
+        device.freeze().unwrap().move_away();
+    }
+    held.move_away();
+    drop((host, devices));
+    let options = HostOptions::default();
+    let restoring = UnixHost::bind_restoring(&path, options, &transport, &bus).unwrap();
+    let _devices = offer(restoring.bus());
+    while !(restoring.guest_is_back() && guest.is_linked()) {
+        restoring.drive().unwrap();
+        guest.drive().unwrap();
+    }
+    let host = restoring.finish().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while guest.bus().offers().len() < 1500 {
+        assert!(Instant::now() < deadline, "{:?}", guest.lost());
+        host.drive().unwrap();
+        guest.drive().unwrap();
+    }
+    guest.drive().unwrap();
+    let delivered = guest.bus().state();
+    assert!(matches!(delivered, ConnectionState::Connected { offers_delivered: true, .. }));
+}
+
+/// What a restored host lacks is said, and can be made good; the guest notices nothing of it.
+#[test]
+fn other_devices_are_refused_and_the_right_ones_taken_afterwards() {
+    let mut world = World::new();
+    while world.client.state() != ChannelState::Active {
+        world.step();
+    }
+    let saved = world.save_and_kill();
+    let restoring = world.restoring(&saved);
+    let refused = restoring.finish().unwrap_err();
+    assert!(matches!(refused.why, FinishError::NoGuest), "{refused}");
+    let restoring = refused.restoring;
+    world.until_back(&restoring);
+    let refused = restoring.finish().unwrap_err();
+    assert!(refused.to_string().contains("missing"), "{refused}");
+    let (device, slow) = device(refused.restoring.bus(), &world.slow.done);
+    device.restore_from(&saved.channel[..]).unwrap();
+    world.host = refused.restoring.finish().unwrap();
+    (world.device, world.slow) = (device, slow);
+    world.device.start();
+    world.finish("at the third try");
 }
