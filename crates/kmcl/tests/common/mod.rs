@@ -9,6 +9,7 @@
     reason = "each test file uses a part of it, and a test may stop at its first surprise"
 )]
 
+pub(crate) mod keeper;
 pub(crate) mod raw;
 pub(crate) mod victim;
 

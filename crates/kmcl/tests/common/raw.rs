@@ -183,6 +183,21 @@ impl RawBus {
         peer
     }
 
+    /// The bus brings rings of before once more, to whatever channel is offered now: `resumed`, or as
+    /// if the guest had opened the channel anew.
+    pub(crate) fn open_again(&self, peer: &Peer, resumed: bool) {
+        let rings = OpenRings {
+            incoming: peer.to_channel.map(),
+            outgoing: peer.from_channel.map(),
+            memory: self.memory.clone(),
+            signal: Arc::clone(&peer.signals) as _,
+            residency: lock(&self.state).residency.clone(),
+            user_data: [0x5a; USER_DATA_SIZE],
+            resumed,
+        };
+        assert!(self.post(BusEvent::Opened(rings)));
+    }
+
     /// An offer for the client that is bound.
     pub(crate) fn offered(&self, mmio: Option<(u64, u64)>) {
         assert!(self.post(BusEvent::Offered { interface_instance: INSTANCE, mmio }));
