@@ -9,13 +9,13 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use kmcl::bus::{GpadlPages, PageRange};
 use vmbus_wire::message::{GpadlError, GpadlHeader};
 use vmbus_wire::ranges::{GpaRanges, RangeError};
 use zerocopy::little_endian::U64;
 
 use crate::limits::{MAX_GPADLS, MAX_GPADLS_PER_CHANNEL, MAX_INCOMPLETE_GPADLS};
 use crate::offer::OfferId;
+use crate::pages::Pages;
 use crate::shape::RamMap;
 
 /// The GPADLs of one guest.
@@ -43,11 +43,11 @@ pub(crate) enum GpadlState {
     /// Words are missing. The guest waits for GPADL_CREATED; the device cannot see it.
     Assembling(Assembly),
     /// The guest was told that it exists; the device may look it up.
-    Created(GpadlPages),
+    Created(Pages),
     /// The guest has taken it back and waits for GPADL_TORNDOWN, which is held back while a ring or
     /// the device uses the pages. The device finds it no more; after a restore an open ring in it is
     /// found again by these pages.
-    TearingDown(GpadlPages),
+    TearingDown(Pages),
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -272,7 +272,7 @@ impl Gpadls {
     }
 
     /// The pages of a GPADL that is whole and not being taken back.
-    pub(crate) fn get(&self, offer: OfferId, gpadl: u32) -> Result<&GpadlPages, GpadlRefusal> {
+    pub(crate) fn get(&self, offer: OfferId, gpadl: u32) -> Result<&Pages, GpadlRefusal> {
         match self.table.get(&(offer, gpadl)).map(|entry| &entry.state) {
             Some(GpadlState::Created(pages)) => Ok(pages),
             Some(GpadlState::Assembling(assembly)) => Err(assembly.incomplete()),
@@ -321,11 +321,7 @@ impl Gpadls {
     }
 
     /// The pages of a GPADL in which a ring lies, whether or not it is being taken back.
-    pub(crate) fn ring_pages(
-        &self,
-        offer: OfferId,
-        gpadl: u32,
-    ) -> Result<&GpadlPages, GpadlRefusal> {
+    pub(crate) fn ring_pages(&self, offer: OfferId, gpadl: u32) -> Result<&Pages, GpadlRefusal> {
         match self.table.get(&(offer, gpadl)).map(|entry| &entry.state) {
             Some(GpadlState::TearingDown(pages)) => Ok(pages),
             _ => self.get(offer, gpadl),
@@ -489,8 +485,7 @@ impl Gpadl {
 
     fn begin_teardown(&mut self) {
         if let GpadlState::Created(pages) = &mut self.state {
-            let nothing = GpadlPages { ranges: Vec::new(), read_only: false };
-            self.state = GpadlState::TearingDown(std::mem::replace(pages, nothing));
+            self.state = GpadlState::TearingDown(std::mem::take(pages));
         }
     }
 }
@@ -503,9 +498,7 @@ impl GpadlState {
             Self::Assembling(assembly) => {
                 (assembly.words_total - usize::from(assembly.range_count)) as u64
             }
-            Self::Created(pages) | Self::TearingDown(pages) => {
-                pages.ranges.iter().map(|range| range.pfns.len() as u64).sum()
-            }
+            Self::Created(pages) | Self::TearingDown(pages) => pages.count() as u64,
         }
     }
 }
@@ -515,27 +508,8 @@ impl Assembly {
         GpadlRefusal::Incomplete { have: self.words.len(), total: self.words_total }
     }
 
-    fn finish(&self, ram: &RamMap) -> Result<GpadlPages, GpadlRefusal> {
-        pages(&self.words, self.range_count, ram)
+    fn finish(&self, ram: &RamMap) -> Result<Pages, GpadlRefusal> {
+        let ranges = GpaRanges::parse(&self.words, u32::from(self.range_count))?;
+        Pages::new(ranges, ram).map_err(|pfn| GpadlRefusal::NotRam { pfn })
     }
-}
-
-/// The pages that so many ranges in `words` describe, all of them RAM.
-pub(crate) fn pages(
-    words: &[u64],
-    range_count: u16,
-    ram: &RamMap,
-) -> Result<GpadlPages, GpadlRefusal> {
-    let mut ranges = Vec::with_capacity(usize::from(range_count).min(words.len()));
-    for range in GpaRanges::parse(words, u32::from(range_count))? {
-        if let Some(pfn) = ram.first_outside(range.pfns) {
-            return Err(GpadlRefusal::NotRam { pfn });
-        }
-        ranges.push(PageRange {
-            byte_count: range.byte_count,
-            byte_offset: range.byte_offset,
-            pfns: range.pfns.to_vec(),
-        });
-    }
-    Ok(GpadlPages { ranges, read_only: false }) // no message says otherwise
 }

@@ -64,6 +64,7 @@ mod offer;
 mod offers;
 mod open;
 mod outgoing;
+mod pages;
 mod port;
 mod refused;
 mod reserved;

@@ -40,7 +40,7 @@ impl ServerLink for HostLink {
     }
 
     fn gpadl(&self, gpadl: u32) -> Result<GpadlPages, NtStatus> {
-        let pages = self.bus.inspect(|host| host.gpadl(self.offer, gpadl).cloned());
+        let pages = self.bus.inspect(|host| host.gpadl(self.offer, gpadl));
         pages.map_err(|_| NtStatus::INVALID_PARAMETER_3)
     }
 

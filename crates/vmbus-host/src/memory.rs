@@ -17,6 +17,7 @@ use crate::error::Refusal;
 use crate::gpadl::{GpadlRefusal, Progress, Teardown};
 use crate::host::Host;
 use crate::offer::OfferId;
+use crate::pages::Pages;
 
 impl Host {
     pub(crate) fn gpadl_header(&mut self, header: &GpadlHeader<'_>) -> Result<(), Refusal> {
@@ -113,8 +114,8 @@ impl Host {
     ///
     /// # Errors
     /// [`GpadlRefusal`] for one that is unknown, incomplete, or being taken back.
-    pub fn gpadl(&self, offer: OfferId, gpadl: u32) -> Result<&GpadlPages, GpadlRefusal> {
-        self.gpadls.get(offer, gpadl)
+    pub fn gpadl(&self, offer: OfferId, gpadl: u32) -> Result<GpadlPages, GpadlRefusal> {
+        self.gpadls.get(offer, gpadl).map(Pages::for_device)
     }
 
     /// A device maps or unmaps a GPADL of its channel. While it is in use the answer to its teardown

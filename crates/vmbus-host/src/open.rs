@@ -3,8 +3,6 @@
 //!
 //! Source: vmbus-wire section 3, messages 5 to 7, 22 and 24, "Open" and "Close".
 
-use kmcl::bus::GpadlPages;
-use vmbus_wire::PAGE_SIZE_U32;
 use vmbus_wire::message::{
     CloseReservedResponse, GpadlTorndown, HostMessage, MessageType, ModifyChannel, OpenChannel,
     OpenChannelResult, OpenChannelV2, VP_INDEX_NONE,
@@ -15,13 +13,14 @@ use vmbus_wire::version::FeatureFlags;
 use crate::channel::{Channel, Closing, Modifying, OfferState, OpenKind, OpenParams, OpenState};
 use crate::connection::{CONNECTION_ID_MASK, LAST_RESERVED_CONNECTION};
 use crate::effect::{Effect, Interrupt, Rings};
-use crate::error::{Refusal, RingRefusal};
+use crate::error::Refusal;
 use crate::gpadl::GpadlRefusal;
 use crate::host::Host;
 use crate::limits::MAX_CHANNEL_ID;
 use crate::offer::OfferId;
 use crate::offers::default_signal_connection;
 use crate::outgoing::{SlotId, VMBUS_SINT};
+use crate::pages::{Pages, PfnSlice};
 
 /// The signals that a guest has chosen by itself.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -147,8 +146,8 @@ impl Host {
         &self,
         channel_id: u32,
         open: &OpenParams,
-        incoming: &[u64],
-        outgoing: &[u64],
+        incoming: PfnSlice<'_>,
+        outgoing: PfnSlice<'_>,
     ) -> Rings {
         Rings {
             incoming: incoming.to_vec(),
@@ -166,7 +165,7 @@ impl Host {
         offer: OfferId,
         channel_id: u32,
         open: &OpenParams,
-    ) -> Result<(&[u64], &[u64]), Refusal> {
+    ) -> Result<(PfnSlice<'_>, PfnSlice<'_>), Refusal> {
         ring_pfns(channel_id, open, self.gpadls.ring_pages(offer, open.ring_gpadl))
     }
 
@@ -455,31 +454,10 @@ impl OpenParams {
 fn ring_pfns<'a>(
     channel_id: u32,
     open: &OpenParams,
-    pages: Result<&'a GpadlPages, GpadlRefusal>,
-) -> Result<(&'a [u64], &'a [u64]), Refusal> {
+    pages: Result<&'a Pages, GpadlRefusal>,
+) -> Result<(PfnSlice<'a>, PfnSlice<'a>), Refusal> {
     let gpadl = open.ring_gpadl;
     let refuse = |reason| Refusal::Ring { channel_id, gpadl, reason };
     let pages = pages.map_err(|reason| refuse(reason.into()))?;
-    split_ring(pages, open.downstream_page_offset).map_err(refuse)
-}
-
-/// The pages of the guest-to-host ring and of the host-to-guest ring.
-///
-/// Source: vmbus-wire section 4.
-fn split_ring(pages: &GpadlPages, offset: u32) -> Result<(&[u64], &[u64]), RingRefusal> {
-    let [range] = pages.ranges.as_slice() else {
-        return Err(RingRefusal::Ranges { ranges: pages.ranges.len() });
-    };
-    if range.byte_offset != 0 || range.byte_count % PAGE_SIZE_U32 != 0 {
-        let (byte_count, byte_offset) = (range.byte_count, range.byte_offset);
-        return Err(RingRefusal::Unaligned { byte_count, byte_offset });
-    }
-    let wrong = RingRefusal::Split { offset, pages: range.pfns.len() };
-    let at = usize::try_from(offset).map_err(|_| wrong)?;
-    match range.pfns.split_at_checked(at) {
-        Some((incoming, outgoing)) if incoming.len() >= 2 && outgoing.len() >= 2 => {
-            Ok((incoming, outgoing))
-        }
-        _ => Err(wrong),
-    }
+    pages.rings(open.downstream_page_offset).map_err(refuse)
 }

@@ -73,19 +73,30 @@ impl RamMap {
 
     /// The first of these page frames that is not RAM.
     pub(crate) fn first_outside(&self, pfns: &[u64]) -> Option<u64> {
-        // Most often all are in one run. Then no difference to its ends has the highest bit: page
-        // frames of RAM have far fewer than 63 bits, and what is below an end wraps around.
-        let (first, last) = pfns.first().and_then(|pfn| self.run_of(*pfn)).map_or(
-            (u64::MAX, 0),
-            |(first, end)| (first, end - 1), // a run is not empty
-        );
-        let differences = pfns
-            .iter()
-            .fold(0, |bits, pfn| bits | pfn.wrapping_sub(first) | last.wrapping_sub(*pfn));
-        if differences >> 63 == 0 && first <= last {
+        // Most often all are in one run, and one pass without a branch tells so.
+        let run = pfns.first().and_then(|pfn| self.run_of(*pfn));
+        let (first, pages) = run.map_or((0, 0), |(first, end)| (first, end - first));
+        let outside = |pfn: &u64| pfn.wrapping_sub(first) >= pages;
+        if !pfns.iter().fold(false, |found, pfn| found | outside(pfn)) {
             return None;
         }
         pfns.iter().copied().find(|pfn| !self.contains(*pfn))
+    }
+
+    /// As [`Self::first_outside`], for RAM that is not [wide](Self::is_wide).
+    pub(crate) fn first_outside_narrow(&self, pfns: &[u32]) -> Option<u64> {
+        let run = pfns.first().and_then(|pfn| self.run_of((*pfn).into()));
+        let run = run.and_then(|(first, end)| {
+            // The last page rather than the number of pages, which could be 2^32.
+            Some((u32::try_from(first).ok()?, u32::try_from(end - 1 - first).ok()?))
+        });
+        if let Some((first, last)) = run {
+            let outside = |pfn: &u32| pfn.wrapping_sub(first) > last;
+            if !pfns.iter().fold(false, |found, pfn| found | outside(pfn)) {
+                return None;
+            }
+        }
+        pfns.iter().copied().map(u64::from).find(|pfn| !self.contains(*pfn))
     }
 
     /// The runs: the first page frame of each, and the one behind its last; ascending, without overlap
@@ -144,8 +155,17 @@ mod tests {
             (&[11, 0, u64::MAX], Some(u64::MAX)),
         ] {
             assert_eq!(ram.first_outside(pfns), outside, "{pfns:?}");
+            let narrow: Result<Vec<u32>, _> = pfns.iter().copied().map(u32::try_from).collect();
+            if let Ok(narrow) = narrow {
+                assert_eq!(ram.first_outside_narrow(&narrow), outside, "{pfns:?}");
+            }
         }
         assert_eq!(RamMap::default().first_outside(&[0]), Some(0));
+        assert_eq!(RamMap::default().first_outside_narrow(&[0]), Some(0));
+        let all = RamMap { runs: vec![(0, 1 << 32)] };
+        assert!(!all.is_wide());
+        assert_eq!(all.first_outside_narrow(&[0, u32::MAX]), None);
+        assert!(RamMap { runs: vec![(0, (1 << 32) + 1)] }.is_wide());
         assert_eq!(ram.pages(), 7);
         assert!(!RamMap::default().contains(0));
         let top = RamMap::new([(u64::MAX - 0x1fff, u64::MAX)]);

@@ -168,9 +168,8 @@ impl At {
             *self = Self::Gpadls(Bound::Unbounded);
         }
         if let Self::Gpadls(after) = self {
-            let wide = host.shape.ram.is_wide();
             for (&key, held) in host.gpadls.table.range((*after, Bound::Unbounded)) {
-                if let Some(needed) = out.record(&gpadl::to_record(key, held, wide))? {
+                if let Some(needed) = out.record(&gpadl::to_record(key, held))? {
                     return Ok(Some(needed));
                 }
                 *after = Bound::Excluded(key);
