@@ -1,14 +1,18 @@
 //! The controller: what ties channels, LUNs and requests together.
 
 mod completions;
+mod frozen;
 mod handshake;
 mod lane;
 mod luns;
 mod requests;
 mod reset;
+mod restore;
+mod resume;
+mod save;
 
 use std::error::Error as StdError;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
@@ -17,18 +21,26 @@ use kmcl::bus::Bus;
 use kmcl::{Channel, ChannelState, Guid, IncomingPacket, NtStatus, Side};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vstor_wire::packet::{MAX_PACKET_BYTES, PacketForm, VstorPacket};
+use vstor_wire::protocol::ProtocolVersion;
 use vstor_wire::srb::ScsiAddress;
 
+use self::frozen::Bell;
 use self::handshake::{Effect, Handshake};
-use self::lane::{Lane, reset_concerns};
+use self::lane::Lane;
 use self::luns::Luns;
-use self::reset::PendingReset;
+use self::reset::{PendingReset, ResetScope};
 use crate::disk::{Disk, MAX_TRANSFER_BYTES};
 use crate::driver::Driver;
 use crate::scsi::bus::LunError;
 
 pub use self::completions::Completions;
+pub use self::frozen::{FrozenController, PausedController};
 pub use self::requests::REQUESTS_PER_CHANNEL;
+pub use self::restore::{
+    AttachError, ControllerRestoreError, EnableError, RestoreChannelError, RestoringController,
+    SavedDisk, StartError,
+};
+pub use self::save::{ControllerSave, SavedStream, StreamSave, StreamSaveError};
 
 /// Most subchannels a controller may have.
 pub const MAX_SUB_CHANNELS: u16 = 64;
@@ -75,6 +87,19 @@ pub enum ControllerError {
     /// Subchannels of the guest's former initialisation have requests to finish.
     #[error("subchannels of the former initialisation are still closing")]
     SubChannelsClosing,
+    /// It is frozen or paused, to be saved.
+    #[error("the storage controller is being saved")]
+    Held,
+    /// Back ends still work on requests of the frozen controller: STATUS_DEVICE_BUSY. See
+    /// [`FrozenController::wait`].
+    #[error("{requests} disk requests are still running")]
+    Running {
+        /// How many.
+        requests: u32,
+    },
+    /// The state cannot be said in the version of the format that was asked for.
+    #[error(transparent)]
+    Format(#[from] saved_state::WriteError),
     /// The system has no descriptor left.
     #[error("the disk's completions cannot be waited for: {0}")]
     Descriptor(#[source] std::io::Error),
@@ -98,6 +123,12 @@ struct Core {
     /// Mirrors whether SRBs are welcome, and in which form: a `FORM_*` constant.
     form: AtomicU8,
     lanes: RwLock<Lanes>,
+    /// It is frozen or paused to be saved: what it is made of does not change.
+    is_held: AtomicBool,
+    /// It was restored, and its primary channel has not been opened since.
+    is_restored: AtomicBool,
+    /// Rung when a channel of a frozen controller has settled.
+    bell: Mutex<Option<Arc<Bell>>>,
 }
 
 /// The channels.
@@ -136,17 +167,7 @@ impl ScsiController {
         driver: Arc<dyn Driver>,
         config: ControllerConfig,
     ) -> Result<Self, ControllerError> {
-        let max_sub_channels = config.max_sub_channels.min(MAX_SUB_CHANNELS);
-        let core = Arc::new_cyclic(|myself| Core {
-            myself: myself.clone(),
-            bus,
-            driver,
-            config: ControllerConfig { max_sub_channels, ..config },
-            luns: Luns::default(),
-            handshake: Mutex::new(Handshake::new(max_sub_channels)),
-            form: AtomicU8::new(FORM_NONE),
-            lanes: RwLock::default(),
-        });
+        let core = Core::new(bus, driver, config);
         core.add_lane(0)?;
         Ok(Self { core })
     }
@@ -208,6 +229,38 @@ impl Drop for ScsiController {
 }
 
 impl Core {
+    /// A controller without channels.
+    fn new(bus: Arc<dyn Bus>, driver: Arc<dyn Driver>, config: ControllerConfig) -> Arc<Self> {
+        let max_sub_channels = config.max_sub_channels.min(MAX_SUB_CHANNELS);
+        Arc::new_cyclic(|myself| Self {
+            myself: myself.clone(),
+            bus,
+            driver,
+            config: ControllerConfig { max_sub_channels, ..config },
+            luns: Luns::default(),
+            handshake: Mutex::new(Handshake::new(max_sub_channels)),
+            form: AtomicU8::new(FORM_NONE),
+            lanes: RwLock::default(),
+            is_held: AtomicBool::new(false),
+            is_restored: AtomicBool::new(false),
+            bell: Mutex::new(None),
+        })
+    }
+
+    fn is_held(&self) -> bool {
+        self.is_held.load(Ordering::Acquire)
+    }
+
+    /// SRBs are welcome from now on, in this version's form, or not.
+    fn set_form(&self, version: Option<ProtocolVersion>) {
+        let form = match version.map(ProtocolVersion::packet_form) {
+            Some(PacketForm::Full) => FORM_FULL,
+            Some(PacketForm::Compact) => FORM_COMPACT,
+            None => FORM_NONE,
+        };
+        self.form.store(form, Ordering::Release);
+    }
+
     /// In which form SRBs are welcome, if they are.
     fn ready_form(&self) -> Option<PacketForm> {
         match self.form.load(Ordering::Acquire) {
@@ -258,6 +311,7 @@ impl Core {
         channel.init_set_subchannel_index(index)?;
         channel.init_set_process_packet_callbacks(Arc::clone(&lane) as _)?;
         channel.init_set_state_change_callbacks(Arc::clone(&lane) as _)?;
+        channel.server_init_set_save_restore_packet_callbacks(Arc::clone(&lane) as _)?;
         channel.server_init_set_target_interface_id(vstor_wire::SCSI_INTERFACE, *instance)?;
         // Giving requests to the kernel may sleep for a moment.
         channel.set_incoming_processing_at_passive(true);
@@ -280,16 +334,12 @@ impl Core {
         match effect {
             Effect::None => {}
             Effect::StartOver => {
-                self.form.store(FORM_NONE, Ordering::Release);
+                self.set_form(None);
                 self.retire_sub_channels();
             }
             Effect::Ready(version) => {
-                let form = match version.packet_form() {
-                    PacketForm::Full => FORM_FULL,
-                    PacketForm::Compact => FORM_COMPACT,
-                };
                 self.luns.table().forget_changes();
-                self.form.store(form, Ordering::Release);
+                self.set_form(Some(version));
             }
             Effect::OfferSubChannels(count) => {
                 if let Err(error) = self.offer_sub_channels(count) {
@@ -318,7 +368,8 @@ impl Core {
 
     /// The primary channel was opened or closed: nothing is agreed any more.
     fn start_over(&self) {
-        self.form.store(FORM_NONE, Ordering::Release);
+        self.is_restored.store(false, Ordering::Release);
+        self.set_form(None);
         lock(&self.handshake).reset();
         self.retire_sub_channels();
     }
@@ -400,8 +451,13 @@ impl Core {
             return packet.complete(answer.bytes(form));
         }
         let reset = Arc::new(PendingReset::new(packet, form));
+        let scope = ResetScope::of(request);
         for (_, lane) in self.read_lanes().iter() {
-            lane.requests().hold_reset(&reset, reset_concerns(request));
+            let mut requests = lane.requests();
+            requests.hold_reset(&reset, scope);
+            if lane.is_resuming.load(Ordering::Relaxed) {
+                requests.abort(scope);
+            }
         }
         reset.release();
     }

@@ -1,11 +1,15 @@
 //! A disk: a back end, and what a guest is told about it.
 
-use std::sync::Arc;
+mod identity;
+
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vstor_wire::scsi::vpd::MAX_SERIAL_BYTES;
 
 use crate::block::Backend;
+
+pub use self::identity::{DiskDifference, DiskIdentity, FINGERPRINT_BYTES, Fingerprint};
 
 /// Most bytes one READ or WRITE moves. A multiple of 4096; what guests are told.
 pub const MAX_TRANSFER_BYTES: u32 = 0x4_0000;
@@ -62,6 +66,10 @@ pub struct Disk {
     profile: Profile,
     /// A controller has it, or still has requests of it.
     is_attached: AtomicBool,
+    /// That of the first bytes when they were last looked at.
+    fingerprint: Mutex<Option<Fingerprint>>,
+    /// They may have been written since.
+    has_new_header: AtomicBool,
 }
 
 impl Disk {
@@ -71,7 +79,13 @@ impl Disk {
     /// [`DiskError`].
     pub fn new(backend: Arc<dyn Backend>, options: &DiskOptions) -> Result<Arc<Self>, DiskError> {
         let profile = Profile::new(&*backend, options)?;
-        Ok(Arc::new(Self { backend, profile, is_attached: AtomicBool::new(false) }))
+        Ok(Arc::new(Self {
+            backend,
+            profile,
+            is_attached: AtomicBool::new(false),
+            fingerprint: Mutex::new(None),
+            has_new_header: AtomicBool::new(true),
+        }))
     }
 
     /// What stores its bytes.
@@ -96,6 +110,53 @@ impl Disk {
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.profile.read_only
+    }
+
+    /// What the disk is known by now. Reads its first bytes, unless a controller has not written there
+    /// since they were last read.
+    #[must_use]
+    pub fn identity(&self) -> DiskIdentity {
+        let Profile { sectors, sector_bytes, granularity, ref serial, read_only } = self.profile;
+        DiskIdentity {
+            bytes: sectors * u64::from(sector_bytes), // the size of the back end
+            sector_bytes,
+            physical_sector_bytes: granularity.saturating_mul(sector_bytes),
+            serial: serial.clone(),
+            read_only,
+            fingerprint: self.fingerprint(),
+        }
+    }
+
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        let mut kept = self.fingerprint.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before they are read: whoever writes meanwhile has them read again.
+        if self.has_new_header.swap(false, Ordering::AcqRel) {
+            let bytes = self.backend.bytes().min(FINGERPRINT_BYTES);
+            let mut header = vec![0; usize::try_from(bytes).unwrap_or(0)];
+            *kept = match self.backend.read_now(0, &mut header) {
+                Some(Ok(())) => Some(Fingerprint::of(&header)),
+                Some(Err(error)) => {
+                    let serial = &self.profile.serial;
+                    tracing::warn!(%error, serial, "the first bytes of a disk cannot be read");
+                    None
+                }
+                None => None,
+            };
+        }
+        *kept
+    }
+
+    /// The first bytes are to be read anew: somebody else may have written them.
+    pub(crate) fn forget_header(&self) {
+        self.has_new_header.store(true, Ordering::Release);
+    }
+
+    /// Somebody writes, or has written, from byte `offset` on.
+    #[inline]
+    pub(crate) fn note_write(&self, offset: u64) {
+        if offset < FINGERPRINT_BYTES {
+            self.forget_header();
+        }
     }
 
     /// Whether a controller has the disk, or still has requests of it to finish after the disk was

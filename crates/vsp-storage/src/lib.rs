@@ -30,13 +30,20 @@ pub mod block;
 mod controller;
 mod disk;
 mod driver;
+#[cfg(feature = "faults")]
+pub mod faults;
 mod scsi;
 
 pub use controller::{
-    Completions, ControllerConfig, ControllerError, MAX_SUB_CHANNELS, REQUESTS_PER_CHANNEL,
-    ScsiController,
+    AttachError, Completions, ControllerConfig, ControllerError, ControllerRestoreError,
+    ControllerSave, EnableError, FrozenController, MAX_SUB_CHANNELS, PausedController,
+    REQUESTS_PER_CHANNEL, RestoreChannelError, RestoringController, SavedDisk, SavedStream,
+    ScsiController, StartError, StreamSave, StreamSaveError,
 };
-pub use disk::{Disk, DiskError, DiskOptions, MAX_TRANSFER_BYTES};
+pub use disk::{
+    Disk, DiskDifference, DiskError, DiskIdentity, DiskOptions, FINGERPRINT_BYTES, Fingerprint,
+    MAX_TRANSFER_BYTES,
+};
 pub use driver::Driver;
 pub use scsi::bus::{LunError, MAX_LUNS, MAX_PATHS, MAX_TARGETS};
 pub use vstor_wire::srb::ScsiAddress;

@@ -92,6 +92,12 @@ impl Answer {
         Self { srb: SrbStatus::INVALID_LUN, ..Self::check(sense) }
     }
 
+    /// Given up without a fault of the guest's, which may try again.
+    pub(crate) const fn aborted() -> Self {
+        let sense = SenseData::new(SenseKey::AbortedCommand, AdditionalSense::NONE);
+        Self { srb: SrbStatus::ABORTED, ..Self::check(sense) }
+    }
+
     /// The controller holds as many commands as it can.
     pub(crate) const fn busy() -> Self {
         let (srb, scsi) = (SrbStatus::BUSY, ScsiStatus::BUSY);

@@ -81,8 +81,19 @@ impl Buffers {
         segments: impl IntoIterator<Item = (u64, u32)>,
         bytes: u64,
     ) -> Result<(), BuffersError> {
+        self.set_from(memory, segments, 0, bytes)
+    }
+
+    /// The same, without the first `skip` bytes.
+    pub(crate) fn set_from(
+        &mut self,
+        memory: &GuestMemory,
+        segments: impl IntoIterator<Item = (u64, u32)>,
+        skip: u64,
+        bytes: u64,
+    ) -> Result<(), BuffersError> {
         self.clear();
-        let filled = self.fill(memory, segments, bytes);
+        let filled = self.fill(memory, segments, skip, bytes);
         if filled.is_err() {
             self.clear();
         }
@@ -93,14 +104,22 @@ impl Buffers {
         &mut self,
         memory: &GuestMemory,
         segments: impl IntoIterator<Item = (u64, u32)>,
+        skip: u64,
         bytes: u64,
     ) -> Result<(), BuffersError> {
         self.memory = Some(memory.clone());
-        let mut left = bytes;
+        let (mut skip, mut left) = (skip, bytes);
         for (gpa, len) in segments {
             if left == 0 {
                 break;
             }
+            let skipped = u32::try_from(skip).map_or(len, |skip| skip.min(len));
+            skip -= u64::from(skipped);
+            if skipped == len {
+                continue;
+            }
+            // The memory is looked up below: a sum that is too large is not in it.
+            let (gpa, len) = (gpa.saturating_add(skipped.into()), len - skipped);
             if self.segments.len() == MAX_SEGMENTS {
                 return Err(BuffersError::TooManySegments);
             }
@@ -216,7 +235,7 @@ impl Buffers {
     }
 
     /// Takes all steps back: the whole is to be moved again.
-    pub(super) fn rewind(&mut self) {
+    pub(crate) fn rewind(&mut self) {
         self.used = 0;
         self.vectors.clear();
         let Some(memory) = &self.memory else {
@@ -253,6 +272,26 @@ mod tests {
         let mut bytes = [0; 4];
         buffers.read_at(0xffe, &mut bytes).unwrap();
         assert_eq!(bytes, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn the_first_bytes_can_be_left_out() {
+        let memory = GuestMemory::memfd(64 << 10).unwrap();
+        let segments = [(0x1000, 512), (0x3000, 0), (0x3000, 512), (0x5000, 512)];
+        for (skip, bytes, expected) in [
+            (0, 1536, vec![(0x1000, 512), (0x3000, 512), (0x5000, 512)]),
+            (100, 1436, vec![(0x1064, 412), (0x3000, 512), (0x5000, 512)]),
+            (512, 600, vec![(0x3000, 512), (0x5000, 88)]),
+            (1100, 1, vec![(0x504c, 1)]),
+        ] {
+            let mut buffers = Buffers::new();
+            buffers.set_from(&memory, segments, skip, bytes).unwrap();
+            let pieces: Vec<_> = buffers.pieces().map(|(_, gpa, len)| (gpa, len)).collect();
+            assert_eq!(pieces, expected, "{skip} {bytes}");
+        }
+        let mut buffers = Buffers::new();
+        let short = buffers.set_from(&memory, segments, 1000, 537);
+        assert!(matches!(short, Err(BuffersError::TooShort { wanted: 537, got: 536 })));
     }
 
     #[test]

@@ -64,6 +64,19 @@ impl Handshake {
         Self { phase: Phase::Closed, max_sub_channels }
     }
 
+    /// One that has come to `phase`.
+    pub(super) fn at(phase: Phase, max_sub_channels: u16) -> Self {
+        Self { phase, max_sub_channels }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(super) fn max_sub_channels(&self) -> u16 {
+        self.max_sub_channels
+    }
+
     /// The version that was agreed, once SRBs are welcome.
     #[cfg(test)]
     fn ready(&self) -> Option<ProtocolVersion> {

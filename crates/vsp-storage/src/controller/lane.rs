@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use kmcl::{
     Channel, Error, ExternalData, ExternalDataFlags, IncomingPacket, NtStatus, ProcessPacket,
-    StateChange,
+    ResumedPacket, SaveRestorePacket, StateChange,
 };
 use vstor_wire::packet::{Operation, PacketForm, VstorPacket};
 use vstor_wire::srb::{DataDirection, ScsiRequest, ScsiStatus, SrbStatus};
 use zerocopy::FromBytes;
 
-use super::requests::{Ended, Gathered, InFlight, Outcome, Requests, Stage, answer_srb, lane_of};
+use super::requests::{
+    Ended, Gathered, InFlight, Outcome, Progress, Requests, Settled, Stage, answer_srb, lane_of,
+};
 use super::{Core, lock};
 use crate::block::{Buffers, InlineIo, IoDone, IoError, IoOperation, IoRequest};
 use crate::scsi::bus::Lun;
@@ -26,10 +28,12 @@ pub(super) struct Lane {
     pub(super) id: u32,
     index: u16,
     /// A circle, which closing the controller opens.
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     requests: Mutex<Requests>,
-    /// The batch has gathered requests. Set and cleared by the thread that processes the channel.
-    has_gathered: AtomicBool,
+    /// Requests are gathered, or may be.
+    pub(super) has_gathered: AtomicBool,
+    /// Requests may come that were handed over before a thaw or a restore.
+    pub(super) is_resuming: AtomicBool,
     scratch: Mutex<Scratch>,
 }
 
@@ -39,10 +43,11 @@ pub(super) struct Scratch {
     pub(super) done: Vec<IoDone>,
     ended: Vec<Ended>,
     again: Vec<(Arc<Lun>, IoRequest)>,
+    settled: Vec<Settled>,
 }
 
 /// What becomes of an SRB that is not done at once.
-enum Verdict {
+pub(super) enum Verdict {
     /// It ends with this.
     Answer(Answer),
     /// A back end has to do something first.
@@ -52,11 +57,24 @@ enum Verdict {
 }
 
 /// What a back end has to do for an SRB.
-struct Work {
-    lun: Arc<Lun>,
-    io: IoPlan,
+pub(super) struct Work {
+    pub(super) lun: Arc<Lun>,
+    /// All of it, or all of its present range.
+    pub(super) io: IoPlan,
     /// Ranges that follow, one after the other.
-    more: VecDeque<ByteRange>,
+    pub(super) more: VecDeque<ByteRange>,
+    /// What is done already.
+    pub(super) progress: Progress,
+    /// It was handed over, and has come again.
+    pub(super) is_resumed: bool,
+}
+
+impl Work {
+    /// That of a request that is new.
+    fn new(lun: &Arc<Lun>, io: IoPlan, more: VecDeque<ByteRange>) -> Self {
+        let progress = Progress::default();
+        Self { lun: Arc::clone(lun), io, more, progress, is_resumed: false }
+    }
 }
 
 impl Lane {
@@ -67,6 +85,7 @@ impl Lane {
             core,
             requests: Mutex::default(),
             has_gathered: AtomicBool::new(false),
+            is_resuming: AtomicBool::new(false),
             scratch: Mutex::default(),
         })
     }
@@ -75,8 +94,16 @@ impl Lane {
         lock(&self.requests)
     }
 
+    pub(super) fn take_scratch(&self) -> Scratch {
+        std::mem::take(&mut *lock(&self.scratch))
+    }
+
+    pub(super) fn put_scratch(&self, scratch: Scratch) {
+        *lock(&self.scratch) = scratch;
+    }
+
     /// An SRB: a SCSI command for a LUN.
-    fn execute(&self, packet: IncomingPacket, form: PacketForm) {
+    pub(super) fn execute(&self, packet: IncomingPacket, form: PacketForm) {
         let refusal = match self.core.ready_form() {
             None => Some(NtStatus::INVALID_DEVICE_STATE),
             // The last fields of the SRB are missing, where this version has them.
@@ -114,19 +141,25 @@ impl Lane {
     }
 
     /// Puts a request aside until the end of the batch.
-    fn gather(
+    pub(super) fn gather(
         &self,
         packet: IncomingPacket,
         mut request: VstorPacket,
         form: PacketForm,
         work: Work,
     ) {
-        let Work { lun, io, more } = work;
+        let Work { lun, io, more, progress, is_resumed } = work;
         let IoPlan { operation, offset, bytes, data_bytes } = io;
+        // A pattern that is written or compared over and over starts again at every sector.
+        let skip = if u64::from(data_bytes) == bytes { progress.bytes } else { 0 };
         let mut requests = self.requests();
         let mut buffers = requests.take_buffers();
-        let prepared = set_buffers(&mut buffers, &packet, request.srb(), data_bytes)
-            .and_then(|()| requests.reserve().ok_or(Answer::busy()));
+        let prepared = if is_resumed && requests.is_aborted(lun.address) {
+            Err(Answer::aborted())
+        } else {
+            set_buffers(&mut buffers, &packet, request.srb(), skip, data_bytes)
+                .and_then(|()| requests.reserve().ok_or(Answer::busy()))
+        };
         let slot = match prepared {
             Ok(slot) => slot,
             Err(answer) => {
@@ -143,18 +176,19 @@ impl Lane {
             lun,
             stage: Stage::Gathered,
             moved: data_bytes,
+            progress,
             ranges: more,
             resets: Vec::new(),
         };
-        let range = ByteRange { offset, bytes };
+        let range = ByteRange { offset: offset + progress.bytes, bytes: bytes - progress.bytes };
         requests.gather(self.id, slot, in_flight, operation, range, buffers);
         self.has_gathered.store(true, Ordering::Relaxed);
     }
 
     /// Gives what the batch has gathered to the back ends.
-    fn submit(&self) {
+    pub(super) fn submit(&self) {
         self.has_gathered.store(false, Ordering::Relaxed);
-        let mut scratch = std::mem::take(&mut *lock(&self.scratch));
+        let mut scratch = self.take_scratch();
         loop {
             let gathered = self.requests().take_gathered();
             let Some(Gathered { lun, mut requests }) = gathered else { break };
@@ -162,12 +196,17 @@ impl Lane {
             self.requests().keep_vector(requests);
             self.core.finish(&mut scratch);
         }
-        *lock(&self.scratch) = scratch;
+        self.put_scratch(scratch);
     }
 }
 
 impl ProcessPacket for Lane {
     fn process_packet(&self, _channel: &Channel, packet: IncomingPacket) {
+        if self.is_resuming.load(Ordering::Relaxed) {
+            // Those that come again come first.
+            self.is_resuming.store(false, Ordering::Relaxed);
+            self.requests().forget_aborts();
+        }
         let Some((operation, form)) = VstorPacket::peek(packet.payload()) else {
             tracing::debug!(bytes = packet.payload().len(), "storage packet refused");
             let answer = VstorPacket::answer(NtStatus::INVALID_PARAMETER);
@@ -199,6 +238,18 @@ impl ProcessPacket for Lane {
         packet.complete(answer.bytes(form));
     }
 
+    fn resume_packet(&self, channel: &Channel, packet: ResumedPacket) {
+        self.resume(channel, packet);
+    }
+
+    fn freeze(&self, _channel: &Channel) {
+        self.settle();
+    }
+
+    fn thaw(&self, _channel: &Channel) {
+        self.go_on();
+    }
+
     fn processing_complete(&self, _channel: &Channel, _packets: u32) {
         if self.has_gathered.load(Ordering::Relaxed) {
             self.submit();
@@ -208,9 +259,24 @@ impl ProcessPacket for Lane {
     }
 }
 
+/// Only notices to the guest can be in flight, and there is nothing to know of them.
+impl SaveRestorePacket for Lane {
+    fn restore_packet(
+        &self,
+        channel: &Channel,
+        library_state: &[u8],
+        _own_state: &[u8],
+    ) -> Result<(), NtStatus> {
+        let packet = channel.packet_allocate().ok_or(NtStatus::INSUFFICIENT_RESOURCES)?;
+        packet.restore(library_state).map_err(|refused| refused.error.status())
+    }
+}
+
 impl StateChange for Lane {
     fn opened(&self, _channel: &Channel) -> Result<(), NtStatus> {
-        if self.index == 0 {
+        // The guest of a controller that was restored has it open, and has agreed on what the saved
+        // state says. One that had not opened it has agreed on nothing, which that says too.
+        if self.index == 0 && !self.core.is_restored.swap(false, Ordering::AcqRel) {
             self.core.start_over();
         }
         Ok(())
@@ -224,11 +290,13 @@ impl StateChange for Lane {
     }
 }
 
-/// Makes the first `data_bytes` bytes of a packet's external data the buffers of a request.
+/// Makes the first `data_bytes` bytes of a packet's external data, without the first `skip` of them, the
+/// buffers of a request.
 fn set_buffers(
     buffers: &mut Buffers,
     packet: &IncomingPacket,
     srb: &ScsiRequest,
+    skip: u64,
     data_bytes: u32,
 ) -> Result<(), Answer> {
     if data_bytes == 0 {
@@ -240,12 +308,12 @@ fn set_buffers(
         .and_then(|direction| external_data(packet, direction).ok())
         .ok_or(Answer::invalid_request())?;
     buffers
-        .set(data.memory(), data.segments(), u64::from(data_bytes))
+        .set_from(data.memory(), data.segments(), skip, u64::from(data_bytes).saturating_sub(skip))
         .map_err(|_| Answer::invalid_request())
 }
 
 /// A copy of the request in a packet whose length is that of one.
-fn read_request(packet: &IncomingPacket) -> VstorPacket {
+pub(super) fn read_request(packet: &IncomingPacket) -> VstorPacket {
     VstorPacket::parse(packet.payload())
         .map_or_else(|_| VstorPacket::notice(Operation::from_raw(0)), |(request, _)| request)
 }
@@ -261,6 +329,24 @@ fn external_data(
     })
 }
 
+/// The external data of a packet, if it has some.
+pub(super) fn find_data(
+    packet: &IncomingPacket,
+    direction: DataDirection,
+) -> Result<Option<ExternalData<'_>>, Verdict> {
+    if !packet.has_external_data() {
+        return Ok(None);
+    }
+    match external_data(packet, direction) {
+        Ok(data) => Ok(Some(data)),
+        Err(Error::Pending) => Err(Verdict::Redeliver),
+        Err(error) => {
+            tracing::debug!(%error, "data of a SCSI request refused");
+            Err(Verdict::Answer(Answer::invalid_request()))
+        }
+    }
+}
+
 /// What the SRB in `request` comes to; `None` if it is done, and `success` is its answer.
 #[inline]
 fn judge(
@@ -274,17 +360,9 @@ fn judge(
     let (Ok(_), Ok(direction)) = (srb.cdb(), srb.direction()) else {
         return Some(Verdict::Answer(Answer::invalid_request()));
     };
-    let external = if packet.has_external_data() {
-        match external_data(packet, direction) {
-            Ok(data) => Some(data),
-            Err(Error::Pending) => return Some(Verdict::Redeliver),
-            Err(error) => {
-                tracing::debug!(%error, "data of a SCSI request refused");
-                return Some(Verdict::Answer(Answer::invalid_request()));
-            }
-        }
-    } else {
-        None
+    let external = match find_data(packet, direction) {
+        Ok(external) => external,
+        Err(verdict) => return Some(verdict),
     };
     let external = external.as_ref();
     let buffer = GuestData(external);
@@ -312,7 +390,7 @@ fn judge(
                     Some(Err(error)) => {
                         Verdict::Answer(Answer::failed(error, lun.disk.sector_bytes()))
                     }
-                    None => Verdict::Io(Work { lun: Arc::clone(lun), io, more: VecDeque::new() }),
+                    None => Verdict::Io(Work::new(lun, io, VecDeque::new())),
                 }
             }
             Plan::Discard => {
@@ -321,7 +399,7 @@ fn judge(
                 let ByteRange { offset, bytes } = first;
                 let operation = IoOperation::Discard;
                 let io = IoPlan { operation, offset, bytes, data_bytes: 0 };
-                Verdict::Io(Work { lun: Arc::clone(lun), io, more })
+                Verdict::Io(Work::new(lun, io, more))
             }
         });
         false
@@ -340,13 +418,16 @@ fn run_inline(
     if !matches!(operation, IoOperation::Read | IoOperation::Write { .. }) {
         return None;
     }
+    if operation.is_write() {
+        lun.disk.note_write(offset);
+    }
     let memory = external.memory();
     let segments = &mut external.segments();
     lun.disk.backend().run_inline(InlineIo { operation, offset, bytes, memory, segments })
 }
 
 /// The guest's side of a command's data.
-struct GuestData<'a>(Option<&'a ExternalData<'a>>);
+pub(super) struct GuestData<'a>(pub(super) Option<&'a ExternalData<'a>>);
 
 impl DataBuffer for GuestData<'_> {
     fn read_at(&self, offset: u32, into: &mut [u8]) -> bool {
@@ -371,7 +452,7 @@ impl Core {
 
     /// The part of `finish` that concerns one channel.
     fn finish_lane(&self, id: u32, scratch: &mut Scratch) {
-        let Scratch { done, ended, again } = scratch;
+        let Scratch { done, ended, again, settled } = scratch;
         let Some((channel, lane)) = self.lane_by_id(id) else {
             // Cannot be: a channel goes when everything in flight has ended.
             tracing::error!(id, "finished disk requests of a channel that is gone");
@@ -388,6 +469,7 @@ impl Core {
                 match requests.finish(done.swap_remove(at)) {
                     Some(Outcome::Ended(end)) => ended.push(end),
                     Some(Outcome::Again(lun, request)) => again.push((lun, request)),
+                    Some(Outcome::Settled(one)) => settled.push(one),
                     None => tracing::error!(id, "a disk request has finished twice"),
                 }
             }
@@ -401,24 +483,23 @@ impl Core {
                 }
             }
         }
+        for one in settled.drain(..) {
+            lane.hand_over(one);
+        }
         while let Some((lun, request)) = again.pop() {
+            let token = request.token;
             let mut one = lane.requests().take_vector();
             one.push(request);
             lun.disk.backend().submit(&mut one, done);
-            lane.requests().keep_vector(one);
+            let mut requests = lane.requests();
+            requests.keep_vector(one);
+            let is_frozen = requests.is_frozen();
+            drop(requests);
+            if is_frozen {
+                // It froze in between, and has not asked for this one.
+                lun.disk.backend().cancel(&|other| other == token, done);
+            }
         }
-    }
-}
-
-/// A reset, for [`Core::reset`].
-pub(super) fn reset_concerns(
-    request: &VstorPacket,
-) -> impl Fn(vstor_wire::srb::ScsiAddress) -> bool + use<> {
-    let target = request.body::<ScsiRequest>().address();
-    let operation = request.operation;
-    move |address| match operation {
-        Operation::RESET_LUN => address == target,
-        Operation::RESET_BUS => address.path == target.path,
-        _ => true,
+        self.has_settled(&channel);
     }
 }

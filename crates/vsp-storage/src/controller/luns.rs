@@ -20,6 +20,8 @@ pub(super) struct Luns {
     table: RwLock<Arc<LunTable>>,
     /// Counts changes of the table.
     generation: AtomicU64,
+    /// Counts disks that were attached.
+    pub(super) attachments: AtomicU64,
     attached: Mutex<Vec<Attached>>,
     /// One of `attached` was detached and has not gone yet.
     has_detached: AtomicBool,
@@ -97,6 +99,16 @@ impl Luns {
         Ok(result)
     }
 
+    /// Disks that were ever attached.
+    pub(super) fn attachments(&self) -> u64 {
+        self.attachments.load(Ordering::Relaxed)
+    }
+
+    /// The completions of all disks.
+    pub(super) fn completions(&self) -> Vec<Arc<Completions>> {
+        lock(&self.attached).iter().filter_map(|one| one.completions.clone()).collect()
+    }
+
     /// All completions, which nobody waits for after this.
     pub(super) fn take_completions(&self) -> Vec<Arc<Completions>> {
         lock(&self.attached).iter_mut().filter_map(|one| one.completions.take()).collect()
@@ -118,15 +130,32 @@ impl Core {
         address: ScsiAddress,
         disk: Arc<Disk>,
     ) -> Result<(), ControllerError> {
+        if self.is_held() {
+            return Err(LunError::Frozen { address }.into());
+        }
+        let attachment = self.luns.attachments.fetch_add(1, Ordering::Relaxed) + 1;
+        self.attach_as(address, disk, attachment)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// Puts a disk in its place without telling the guest.
+    pub(super) fn attach_as(
+        &self,
+        address: ScsiAddress,
+        disk: Arc<Disk>,
+        attachment: u64,
+    ) -> Result<(), ControllerError> {
         if !disk.claim() {
             return Err(LunError::InUse { address }.into());
         }
-        let lun = Lun::new(address, disk);
+        // Now rather than when the controller is saved: that must not wait for a disk.
+        let _kept = disk.identity();
+        let lun = Lun::new(address, disk, attachment);
         if let Err(error) = self.attach_claimed(&lun) {
             lun.disk.release();
             return Err(error);
         }
-        self.notify();
         Ok(())
     }
 
@@ -159,6 +188,9 @@ impl Core {
 
     /// See [`ScsiController::detach`](super::ScsiController::detach).
     pub(super) fn detach(&self, address: ScsiAddress) -> Result<Arc<Disk>, LunError> {
+        if self.is_held() {
+            return Err(LunError::Frozen { address });
+        }
         let lun = self.luns.change(|table| table.detach(address))?;
         let disk = Arc::clone(&lun.disk);
         {

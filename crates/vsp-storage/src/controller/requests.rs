@@ -1,23 +1,28 @@
 //! The requests of one channel that are with a back end.
 //!
-//! Each is in one of two stages, kept explicit because saving a controller has to know: *gathered*,
-//! so it has never started; or *submitted*, so only the back end can say. A request that is finished
-//! is answered at once and is in neither.
+//! Each is in one of two stages: *gathered*, so it has never started; or *submitted*, so only the back
+//! end can say. A request that is finished is answered at once and is in neither. While the channel is
+//! frozen, one that comes back unfinished is in neither as well: it is handed over to the channel, with
+//! how far it came.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use kmcl::{IncomingPacket, NtStatus};
+use kmcl::{Fence, IncomingPacket, NtStatus};
 use vstor_wire::packet::{PacketForm, VstorPacket};
 use vstor_wire::srb::ScsiAddress;
 
-use super::reset::PendingReset;
+use super::reset::{PendingReset, ResetScope};
 use crate::block::{Buffers, IoDone, IoOperation, IoOutcome, IoRequest};
 use crate::scsi::bus::Lun;
 use crate::scsi::{Answer, ByteRange};
 
 /// Most requests of one channel that are in flight; what the channel's pool of packets holds.
 pub const REQUESTS_PER_CHANNEL: u32 = 256;
+
+/// Most resets that are told apart until all older requests have come again; more count as a reset of
+/// everything.
+const MAX_ABORTS: usize = 64;
 
 /// Where a request in flight is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -38,9 +43,33 @@ pub(super) struct InFlight {
     pub(super) stage: Stage,
     /// Bytes of data that are moved when it succeeds.
     pub(super) moved: u32,
+    /// What was done of it before its present I/O.
+    pub(super) progress: Progress,
     /// Ranges to discard after the present one.
     pub(super) ranges: VecDeque<ByteRange>,
     /// Resets that wait for its end.
+    pub(super) resets: Vec<Arc<PendingReset>>,
+}
+
+/// How far a request came.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Progress {
+    /// Something of it was begun, here or in a process of the past.
+    pub(super) was_begun: bool,
+    /// Ranges that are done.
+    pub(super) ranges: u32,
+    /// Bytes of the range after those that are done: whole sectors.
+    pub(super) bytes: u64,
+}
+
+/// A request that came back unfinished, of which nothing is under way.
+pub(super) struct Settled {
+    pub(super) packet: IncomingPacket,
+    pub(super) request: VstorPacket,
+    pub(super) form: PacketForm,
+    pub(super) lun: Arc<Lun>,
+    pub(super) fence: Fence,
+    pub(super) progress: Progress,
     pub(super) resets: Vec<Arc<PendingReset>>,
 }
 
@@ -65,8 +94,10 @@ pub(super) struct Slot(u32);
 pub(super) enum Outcome {
     /// It has ended.
     Ended(Ended),
-    /// It goes on with its next range.
+    /// It goes on: with its next range, or with what it was asked back for nothing.
     Again(Arc<Lun>, IoRequest),
+    /// It waits for the thaw.
+    Settled(Settled),
 }
 
 /// See the module.
@@ -76,6 +107,12 @@ pub(super) struct Requests {
     free: Vec<u32>,
     /// Requests of the present batch, by disk.
     gathered: Vec<Gathered>,
+    /// Nothing is begun: the channel is frozen.
+    is_frozen: bool,
+    /// Requests that were handed over since it froze.
+    handed_over: u32,
+    /// Resets since the channel thawed or was restored, while requests may still come that are older.
+    aborts: Vec<ResetScope>,
     // Kept for their memory.
     idle_buffers: Vec<Buffers>,
     idle_vectors: Vec<Vec<IoRequest>>,
@@ -122,6 +159,9 @@ impl Requests {
             *place = Some(in_flight);
         }
         let ByteRange { offset, bytes } = range;
+        if operation.is_write() {
+            lun.disk.note_write(offset);
+        }
         let io = IoRequest { token: token(lane, index), operation, offset, bytes, buffers };
         match self.gathered.iter_mut().find(|gathered| Arc::ptr_eq(&gathered.lun, &lun)) {
             Some(gathered) => gathered.requests.push(io),
@@ -153,19 +193,41 @@ impl Requests {
         self.idle_vectors.push(vector);
     }
 
-    /// A back end has finished with a request.
+    /// A back end has let go of a request.
     pub(super) fn finish(&mut self, done: IoDone) -> Option<Outcome> {
         let IoDone { mut request, outcome } = done;
-        let IoOutcome::Done(result) = outcome else { return None };
+        let is_frozen = self.is_frozen;
         let slot = slot_of(request.token);
         let place = self.slots.get_mut(slot)?;
         let in_flight = place.as_mut()?;
-        if result.is_ok()
-            && let Some(ByteRange { offset, bytes }) = in_flight.ranges.pop_front()
-        {
-            (request.offset, request.bytes) = (offset, bytes);
-            return Some(Outcome::Again(Arc::clone(&in_flight.lun), request));
+        if request.operation.is_write() {
+            in_flight.lun.disk.note_write(request.offset);
         }
+        let result = match outcome {
+            IoOutcome::Done(Ok(())) => match in_flight.ranges.pop_front() {
+                None => Ok(()),
+                Some(ByteRange { offset, bytes }) => {
+                    let ranges = in_flight.progress.ranges + 1; // at most as many as an UNMAP has
+                    in_flight.progress = Progress { was_begun: true, ranges, bytes: 0 };
+                    (request.offset, request.bytes) = (offset, bytes);
+                    if !is_frozen {
+                        return Some(Outcome::Again(Arc::clone(&in_flight.lun), request));
+                    }
+                    return self.settle(slot, request, 0);
+                }
+            },
+            IoOutcome::Done(Err(error)) => Err(error),
+            IoOutcome::NeverStarted | IoOutcome::Cancelled { .. } if !is_frozen => {
+                // It thawed meanwhile.
+                request.buffers.rewind();
+                return Some(Outcome::Again(Arc::clone(&in_flight.lun), request));
+            }
+            IoOutcome::NeverStarted => return self.settle(slot, request, 0),
+            IoOutcome::Cancelled { moved } => {
+                in_flight.progress.was_begun = true;
+                return self.settle(slot, request, moved);
+            }
+        };
         let InFlight { packet, request: mut answer, form, lun, moved, resets, .. } =
             place.take()?;
         self.free.push(u32::try_from(slot).ok()?);
@@ -178,14 +240,98 @@ impl Requests {
         Some(Outcome::Ended(Ended { packet, answer, form, resets }))
     }
 
+    /// A request is over here, `moved` bytes into its present I/O.
+    fn settle(&mut self, slot: usize, io: IoRequest, moved: u64) -> Option<Outcome> {
+        let InFlight { packet, request, form, lun, mut progress, resets, .. } =
+            self.slots.get_mut(slot)?.take()?;
+        self.free.push(u32::try_from(slot).ok()?);
+        self.keep_buffers(io.buffers);
+        // What is done again is done with the same data: to forget a part of a sector costs little,
+        // and so does to forget what a 32-bit number cannot say.
+        let sector_bytes = u64::from(lun.disk.sector_bytes());
+        let most = u64::from(u32::MAX) - u64::from(u32::MAX) % sector_bytes;
+        let bytes = progress.bytes.saturating_add(moved.min(io.bytes)).min(most);
+        progress.bytes = bytes - bytes % sector_bytes;
+        let fence = if progress.was_begun { Fence::Cancelled } else { Fence::NeverStarted };
+        Some(Outcome::Settled(Settled { packet, request, form, lun, fence, progress, resets }))
+    }
+
+    /// A mistake: takes every request as cancelled, whatever its back end does with it. Their slots are
+    /// not used again.
+    #[cfg(feature = "faults")]
+    pub(super) fn tear_out(&mut self) -> Vec<Settled> {
+        let submitted = |one: &mut InFlight| one.stage == Stage::Submitted;
+        let torn = self.slots.iter_mut().filter_map(|slot| slot.take_if(submitted));
+        torn.map(|InFlight { packet, request, form, lun, resets, .. }| {
+            let (fence, progress) = (Fence::Cancelled, Progress::default());
+            Settled { packet, request, form, lun, fence, progress, resets }
+        })
+        .collect()
+    }
+
+    /// From now on, requests that come back unfinished settle, or go on.
+    pub(super) fn set_frozen(&mut self, is_frozen: bool) {
+        self.is_frozen = is_frozen;
+        self.handed_over = 0;
+    }
+
+    /// One more request was handed over.
+    pub(super) fn note_handed_over(&mut self) {
+        self.handed_over += 1;
+    }
+
+    pub(super) fn handed_over(&self) -> u32 {
+        self.handed_over
+    }
+
+    pub(super) fn is_frozen(&self) -> bool {
+        self.is_frozen
+    }
+
+    /// Takes everything gathered back: it has never started.
+    pub(super) fn withdraw_gathered(&mut self, done: &mut Vec<IoDone>) {
+        while let Some(Gathered { mut requests, .. }) = self.gathered.pop() {
+            let outcome = IoOutcome::NeverStarted;
+            done.extend(requests.drain(..).map(|request| IoDone { request, outcome }));
+            self.keep_vector(requests);
+        }
+    }
+
+    /// The disks that have requests of this channel.
+    pub(super) fn disks(&self) -> Vec<Arc<Lun>> {
+        let mut luns: Vec<Arc<Lun>> = Vec::new();
+        for InFlight { lun, .. } in self.slots.iter().flatten() {
+            if !luns.iter().any(|other| Arc::ptr_eq(other, lun)) {
+                luns.push(Arc::clone(lun));
+            }
+        }
+        luns
+    }
+
+    /// A request that comes again is over, because a reset has come before it.
+    pub(super) fn is_aborted(&self, address: ScsiAddress) -> bool {
+        self.aborts.iter().any(|scope| scope.concerns(address))
+    }
+
+    /// All that is older than the next reset has come.
+    pub(super) fn forget_aborts(&mut self) {
+        self.aborts.clear();
+    }
+
+    /// Ends requests that come again, but are older than a reset.
+    pub(super) fn abort(&mut self, scope: ResetScope) {
+        if self.aborts.len() == MAX_ABORTS {
+            self.aborts.clear();
+            self.aborts.push(ResetScope::All);
+        } else if !self.aborts.contains(&scope) {
+            self.aborts.push(scope);
+        }
+    }
+
     /// Lets `reset` wait for the requests that it concerns.
-    pub(super) fn hold_reset(
-        &mut self,
-        reset: &Arc<PendingReset>,
-        concerns: impl Fn(ScsiAddress) -> bool,
-    ) {
+    pub(super) fn hold_reset(&mut self, reset: &Arc<PendingReset>, scope: ResetScope) {
         for in_flight in self.slots.iter_mut().flatten() {
-            if concerns(in_flight.request.srb().address()) {
+            if scope.concerns(in_flight.request.srb().address()) {
                 reset.hold();
                 in_flight.resets.push(Arc::clone(reset));
             }

@@ -26,13 +26,17 @@ pub const MAX_LUNS: u16 = 255;
 const MAX_LIST_BYTES: usize =
     size_of::<LunListHeader>() + MAX_LUNS as usize * size_of::<LunEntry>();
 
-const LUNS_CHANGED: SenseData =
-    SenseData::new(SenseKey::UnitAttention, AdditionalSense::REPORTED_LUNS_DATA_HAS_CHANGED);
+/// The one unit attention condition that there is.
+pub(crate) const UNIT_ATTENTION: AdditionalSense = AdditionalSense::REPORTED_LUNS_DATA_HAS_CHANGED;
+
+const LUNS_CHANGED: SenseData = SenseData::new(SenseKey::UnitAttention, UNIT_ATTENTION);
 
 /// A disk at its address.
 pub(crate) struct Lun {
     pub(crate) address: ScsiAddress,
     pub(crate) disk: Arc<Disk>,
+    /// Which attachment of its controller this is: an address may get another disk.
+    pub(crate) attachment: u64,
     /// The next command is refused once, so that the guest learns that its neighbours have changed.
     luns_changed: AtomicBool,
 }
@@ -59,6 +63,12 @@ pub enum LunError {
     /// Another disk is there.
     #[error("LUN {address} is taken")]
     Taken {
+        /// What was asked for.
+        address: ScsiAddress,
+    },
+    /// The controller is frozen or being saved: what has to be saved must not change.
+    #[error("LUN {address} cannot change while the controller is frozen")]
+    Frozen {
         /// What was asked for.
         address: ScsiAddress,
     },
@@ -108,8 +118,7 @@ impl LunTable {
         self.find(address).ok().and_then(|place| self.luns.get(place))
     }
 
-    #[cfg(test)]
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Lun>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Lun>> {
         self.luns.iter()
     }
 
@@ -200,9 +209,18 @@ impl LunTable {
 }
 
 impl Lun {
-    /// `disk` at `address`.
-    pub(crate) fn new(address: ScsiAddress, disk: Arc<Disk>) -> Arc<Self> {
-        Arc::new(Self { address, disk, luns_changed: AtomicBool::new(false) })
+    /// `disk` at `address`, as the `attachment`th.
+    pub(crate) fn new(address: ScsiAddress, disk: Arc<Disk>, attachment: u64) -> Arc<Self> {
+        Arc::new(Self { address, disk, attachment, luns_changed: AtomicBool::new(false) })
+    }
+
+    /// Whether the guest is yet to be told of changed neighbours.
+    pub(crate) fn has_attention(&self) -> bool {
+        self.luns_changed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_attention(&self, has_attention: bool) {
+        self.luns_changed.store(has_attention, Ordering::Relaxed);
     }
 
     /// Whether the guest is to be told of changed neighbours; from now on it is not.

@@ -49,7 +49,7 @@ fn disk(sector_bytes: u32, read_only: bool) -> Arc<Disk> {
 }
 
 fn table(disk: Arc<Disk>) -> LunTable {
-    LunTable::default().attach(Lun::new(LUN, disk)).unwrap()
+    LunTable::default().attach(Lun::new(LUN, disk, 1)).unwrap()
 }
 
 /// What came of a command.
@@ -515,14 +515,14 @@ fn the_table_of_luns_takes_what_guests_can_reach() {
         (at(0, 2, 0), false),
         (at(0, 0, 255), false),
     ] {
-        let attached = table.attach(Lun::new(address, Arc::clone(&one))).map(|_| ());
+        let attached = table.attach(Lun::new(address, Arc::clone(&one), 1)).map(|_| ());
         assert_eq!(attached.is_ok(), ok, "{address}");
         assert_eq!(attached.err(), (!ok).then_some(LunError::OutOfReach { address }));
     }
     let full = (0..255)
-        .try_fold(table, |table, lun| table.attach(Lun::new(at(3, 1, lun), Arc::clone(&one))));
+        .try_fold(table, |table, lun| table.attach(Lun::new(at(3, 1, lun), Arc::clone(&one), 1)));
     let full = full.unwrap();
-    let taken = full.attach(Lun::new(at(3, 1, 7), Arc::clone(&one))).map(|_| ()).err();
+    let taken = full.attach(Lun::new(at(3, 1, 7), Arc::clone(&one), 1)).map(|_| ()).err();
     assert_eq!(taken, Some(LunError::Taken { address: at(3, 1, 7) }));
     let list: &[u8] = &[0xa0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0];
     let run = run_at(&full, at(3, 1, 0), list, DataDirection::In, vec![0; 4096]);
@@ -548,9 +548,9 @@ fn neighbours_of_a_lun_that_comes_or_goes_say_so_once() {
         }
         answer.sense.is_none()
     };
-    let table = table(Arc::clone(&one)).attach(Lun::new(at(0, 1, 0), Arc::clone(&one))).unwrap();
+    let table = table(Arc::clone(&one)).attach(Lun::new(at(0, 1, 0), Arc::clone(&one), 1)).unwrap();
     assert!(ready(&table, at(0, 0, 0)) && ready(&table, at(0, 1, 0)));
-    let table = table.attach(Lun::new(at(0, 0, 1), Arc::clone(&one))).unwrap();
+    let table = table.attach(Lun::new(at(0, 0, 1), Arc::clone(&one), 1)).unwrap();
     let inquiry =
         run_at(&table, at(0, 0, 0), &[0x12, 0, 0, 0, 36, 0], DataDirection::In, vec![0; 36]);
     assert_eq!(inquiry.moved().len(), 36);
@@ -564,7 +564,7 @@ fn neighbours_of_a_lun_that_comes_or_goes_say_so_once() {
     assert_eq!((sense.moved()[2], sense.moved()[12], sense.moved()[13]), (6, 0x3f, 0x0e));
     assert!(ready(&table, at(0, 0, 0)), "REQUEST SENSE has told it");
 
-    let table = table.attach(Lun::new(at(0, 0, 2), Arc::clone(&one))).unwrap();
+    let table = table.attach(Lun::new(at(0, 0, 2), Arc::clone(&one), 1)).unwrap();
     let list: &[u8] = &[0xa0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
     run_at(&table, at(0, 0, 2), list, DataDirection::In, vec![0; 64]);
     assert!(ready(&table, at(0, 0, 0)), "REPORT LUNS has told it");

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod world;
+
 use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,6 +46,7 @@ pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
 pub(crate) struct WorkerDriver {
     pub(crate) worker: Worker,
     sources: Mutex<Vec<(Arc<Completions>, SourceId)>>,
+    channels: Mutex<Vec<Channel>>,
 }
 
 struct DiskIo(Arc<Completions>);
@@ -56,7 +59,19 @@ impl Source for DiskIo {
 
 impl WorkerDriver {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { worker: Worker::spawn("host").unwrap(), sources: Mutex::default() })
+        Arc::new(Self {
+            worker: Worker::spawn("host").unwrap(),
+            sources: Mutex::default(),
+            channels: Mutex::default(),
+        })
+    }
+
+    /// Looks at every channel, whether its doorbell rang or not.
+    pub(crate) fn process(&self) {
+        let channels = self.channels.lock().unwrap().clone();
+        for channel in channels {
+            channel.process(256);
+        }
     }
 
     pub(crate) fn sources(&self) -> usize {
@@ -66,10 +81,13 @@ impl WorkerDriver {
 
 impl Driver for WorkerDriver {
     fn add_channel(&self, channel: &Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
-        Ok(self.worker.add(channel)?)
+        self.worker.add(channel)?;
+        self.channels.lock().unwrap().push(channel.clone());
+        Ok(())
     }
 
     fn remove_channel(&self, channel: &Channel) {
+        self.channels.lock().unwrap().clear(); // nobody is left who would ring
         self.worker.remove(channel);
     }
 
