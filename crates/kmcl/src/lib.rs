@@ -85,7 +85,7 @@ pub use save::{ChannelSave, ChannelSaveError, MAX_DRIVER_STATE, SaveContinue, Sa
 pub use settings::Limits;
 pub use synchronous::Timeout;
 
-pub use saved_state::{Save, SaveError, SaveStep};
+pub use saved_state::{ReadError, Save, SaveError, SaveStep};
 pub use vmbus_memory as memory;
 pub use vmbus_wire::guid::Guid;
 pub use vmbus_wire::status::NtStatus;

@@ -303,7 +303,8 @@ impl Lifecycle {
             (S::Pausing, E::Drained) => self.paused(),
             (S::Closing, E::Drained) => self.closed(),
 
-            (S::Disabled, E::Disable) => vec![],
+            // What a restore has brought before the channel was enabled is given up.
+            (S::Disabled, E::Disable) => vec![Effect::CancelOutgoing(NtStatus::CANCELLED)],
             (S::Enabled | S::Connecting | S::Closed, E::Disable) => {
                 self.end();
                 vec![Effect::CancelOutgoing(NtStatus::CANCELLED), Effect::Disconnect]

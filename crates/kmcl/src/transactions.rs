@@ -146,8 +146,9 @@ impl Transactions {
 
     /// How often any one slot was used at most, here or before a restore.
     pub(crate) fn most_uses(&self) -> u32 {
-        let slots = self.slots.iter().map(|slot| slot.uses);
-        slots.fold(self.first_use, u32::max)
+        // One in flight has not been counted yet.
+        let uses = |slot: &Slot| slot.uses.saturating_add(u32::from(slot.packet.is_some()));
+        self.slots.iter().map(uses).fold(self.first_use, u32::max)
     }
 
     /// The first place behind `after` with a packet that is saved.
@@ -214,10 +215,9 @@ impl Transactions {
     /// no slot there was used more often than `most_uses`.
     pub(crate) fn restore(&mut self, packets: BTreeMap<u64, Box<PacketBody>>, most_uses: u32) {
         self.restored = packets;
-        let first = most_uses.wrapping_add(1);
-        self.first_use = first;
+        self.first_use = most_uses;
         for slot in &mut self.slots {
-            slot.uses = slot.uses.max(first);
+            slot.uses = slot.uses.max(most_uses);
         }
     }
 }

@@ -19,7 +19,7 @@ const SERVER: &str = "
     Disabled: Enable -> Enabled !started !armed | Connect
     Disabled: Start -> Disabled !armed |
     Disabled: Pause -> Disabled armed |
-    Disabled: Disable -> Disabled |
+    Disabled: Disable -> Disabled | Cancel(CANCELLED)
     Disabled: PeerClosed -> Disabled |
     Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
@@ -85,7 +85,7 @@ const CLIENT: &str = "
     Disabled armed: Enable -> Enabled !started !armed | Connect
     Disabled: Start -> Disabled !armed |
     Disabled: Pause -> Disabled armed |
-    Disabled: Disable -> Disabled |
+    Disabled: Disable -> Disabled | Cancel(CANCELLED)
     Disabled: PeerClosed -> Disabled |
     Disabled: refuses ConnectRefused Offered PeerOpened OpenFailed OpenAccepted OpenRefused Drained MovedAway
 
