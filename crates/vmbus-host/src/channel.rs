@@ -5,7 +5,8 @@
 //!
 //! Source: vmbus-wire section 3, "Sequences".
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use kmcl::bus::USER_DATA_SIZE;
 
@@ -226,14 +227,16 @@ impl Channels {
         Ok(id)
     }
 
-    /// Adds a channel that was saved. Its channel id, if another one has it: it is refused.
+    /// Adds a channel that was saved, behind the others; not if another one has its channel id.
     pub(crate) fn put_back(&mut self, id: OfferId, channel: Channel) -> bool {
-        if self.by_channel_id.contains_key(&channel.channel_id) || self.table.contains_key(&id) {
-            return false;
+        match self.by_channel_id.entry(channel.channel_id) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(entry) => {
+                entry.insert(id);
+                self.table.insert(id, channel);
+                true
+            }
         }
-        self.by_channel_id.insert(channel.channel_id, id);
-        self.table.insert(id, channel);
-        true
     }
 
     fn free_channel_id(&self) -> Result<u32, OfferError> {
@@ -306,32 +309,44 @@ impl Channels {
         if self.table.len() > MAX_CHANNELS {
             wrong.push(format!("{} channels", self.table.len()));
         }
-        let ids: BTreeMap<u32, OfferId> =
-            self.table.iter().map(|(id, channel)| (channel.channel_id, *id)).collect();
-        if ids != self.by_channel_id || ids.len() != self.table.len() {
-            wrong.push(format!("channel ids {ids:?}, on the books {:?}", self.by_channel_id));
+        let named = self.by_channel_id.len();
+        if named != self.table.len() {
+            wrong.push(format!("{} channels, {named} channel ids", self.table.len()));
         }
-        let mut names = BTreeSet::new();
-        let mut connections = BTreeSet::new();
+        let mut names = Vec::with_capacity(self.table.len());
+        let mut connections = Vec::with_capacity(self.table.len());
         for (id, channel) in &self.table {
-            if !(1..=MAX_CHANNEL_ID).contains(&channel.channel_id) || id.0 > self.offers_made {
-                wrong.push(format!("{id:?} has channel id {}", channel.channel_id));
+            let channel_id = channel.channel_id;
+            if !(1..=MAX_CHANNEL_ID).contains(&channel_id) || id.0 > self.offers_made {
+                wrong.push(format!("{id:?} has channel id {channel_id}"));
             }
-            let stands = matches!(channel.offer, OfferState::Hidden | OfferState::Offered);
-            if stands && !names.insert(channel.params.key) {
-                wrong.push(format!("{id:?} stands beside another offer of its name"));
+            if self.by_channel_id(channel_id) != Some(*id) {
+                wrong.push(format!("channel id {channel_id} of {id:?} is another one's"));
+            }
+            if matches!(channel.offer, OfferState::Hidden | OfferState::Offered) {
+                names.push((channel.params.key, *id));
             }
             if let Some(told) = impossible(channel) {
                 wrong.push(format!("{id:?} is {:?} and {told}", channel.offer));
             }
-            if let Some(connection) = channel.signal_connection()
-                && !connections.insert(connection)
-            {
-                wrong.push(format!("{id:?} shares signal connection {connection:#x}"));
-            }
+            connections.extend(channel.signal_connection().map(|connection| (connection, *id)));
+        }
+        for (key, id, other) in shared(names) {
+            wrong.push(format!("{id:?} and {other:?} are both offers of {key}"));
+        }
+        for (connection, id, other) in shared(connections) {
+            wrong.push(format!("{id:?} and {other:?} share signal connection {connection:#x}"));
         }
         wrong
     }
+}
+
+/// Neighbours, once sorted, that have the same of something.
+fn shared<T: Copy + Ord>(mut all: Vec<(T, OfferId)>) -> Vec<(T, OfferId, OfferId)> {
+    all.sort_unstable();
+    let pairs = all.iter().zip(all.iter().skip(1));
+    let same = pairs.filter(|((a, _), (b, _))| a == b);
+    same.map(|((what, id), (_, other))| (*what, *id, *other)).collect()
 }
 
 /// The open state's name, if it cannot go with the offer's.

@@ -328,7 +328,7 @@ impl Gpadls {
         }
     }
 
-    /// Adds a GPADL that was saved. The id and the pages, if they are in use already: it is refused.
+    /// Adds a GPADL that was saved, behind the others; not if another one receives bodies of its id.
     pub(crate) fn put_back(
         &mut self,
         offer: OfferId,
@@ -336,16 +336,15 @@ impl Gpadls {
         state: GpadlState,
         in_use: bool,
     ) -> bool {
+        if let GpadlState::Assembling(_) = state {
+            match self.assembling.entry(gpadl) {
+                Entry::Occupied(_) => return false,
+                Entry::Vacant(entry) => {
+                    entry.insert(offer);
+                }
+            }
+        }
         let pages = state.pages();
-        let receives = matches!(state, GpadlState::Assembling(_));
-        if self.table.contains_key(&(offer, gpadl))
-            || receives && self.assembling.contains_key(&gpadl)
-        {
-            return false;
-        }
-        if receives {
-            self.assembling.insert(gpadl, offer);
-        }
         self.pages += pages;
         self.table.insert((offer, gpadl), Gpadl { state, pages, in_use });
         true
@@ -456,23 +455,26 @@ impl Gpadls {
             let (all, incomplete) = (self.table.len(), self.assembling.len());
             wrong.push(format!("{all} GPADLs, {incomplete} incomplete"));
         }
-        let mut assembling = BTreeMap::new();
-        let mut counts = BTreeMap::new();
+        let (mut assembling, mut of_channel) = (0, (OfferId(0), 0));
         for ((offer, id), entry) in &self.table {
-            let count = counts.entry(*offer).or_insert(0);
-            *count += 1;
-            if *count > MAX_GPADLS_PER_CHANNEL {
-                wrong.push(format!("{count} GPADLs on {offer:?}"));
+            of_channel =
+                if of_channel.0 == *offer { (*offer, of_channel.1 + 1) } else { (*offer, 1) };
+            if of_channel.1 > MAX_GPADLS_PER_CHANNEL {
+                wrong.push(format!("{} GPADLs on {offer:?}", of_channel.1));
             }
             if let GpadlState::Assembling(assembly) = &entry.state {
-                assembling.insert(*id, *offer);
+                assembling += 1;
                 if entry.in_use || assembly.words.len() >= assembly.words_total {
                     wrong.push(format!("incomplete GPADL {id:#x} of {offer:?}: {entry:?}"));
                 }
+                if self.receiver(*id) != Some(*offer) {
+                    wrong.push(format!("incomplete GPADL {id:#x} of {offer:?} is another one's"));
+                }
             }
         }
-        if assembling != self.assembling {
-            wrong.push(format!("incomplete: {assembling:?}, on the books {:?}", self.assembling));
+        if assembling != self.assembling.len() {
+            let on_the_books = &self.assembling;
+            wrong.push(format!("{assembling} incomplete, on the books {on_the_books:?}"));
         }
         wrong
     }

@@ -37,7 +37,7 @@ impl Flat<'_> for bool {
 
     #[inline]
     fn put(self, number: u32, to: &mut impl Message) {
-        to.bool(number, self);
+        to.varint(number, u64::from(self));
     }
 
     #[inline]
@@ -51,7 +51,7 @@ impl Flat<'_> for u32 {
 
     #[inline]
     fn put(self, number: u32, to: &mut impl Message) {
-        to.uint32(number, self);
+        to.varint(number, u64::from(self));
     }
 
     #[inline]
@@ -138,7 +138,7 @@ macro_rules! flat_enum {
 
             #[inline]
             fn put(self, number: u32, to: &mut impl crate::protobuf::Message) {
-                to.uint32(number, self as u32);
+                to.varint(number, u64::from(self as u32));
             }
 
             #[inline]

@@ -120,7 +120,9 @@ fn offer(place: Place, record: &BusChannelRecord<'_>) -> Checked<OfferParams> {
 /// With the zeros at its end. There are not more bytes: the table of fields has seen to that.
 fn padded(bytes: &[u8]) -> [u8; USER_DATA_SIZE] {
     let mut all = [0; USER_DATA_SIZE];
-    all.iter_mut().zip(bytes).for_each(|(to, byte)| *to = *byte);
+    if let Some(room) = all.get_mut(..bytes.len()) {
+        room.copy_from_slice(bytes);
+    }
     all
 }
 
