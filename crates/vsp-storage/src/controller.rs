@@ -12,6 +12,7 @@ mod resume;
 mod save;
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
@@ -219,6 +220,16 @@ impl ScsiController {
     /// nothing of it is left. Not to be called in a callback of its own.
     pub fn close(self) {
         drop(self);
+    }
+}
+
+impl fmt::Debug for ScsiController {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (gathered, submitted) = self.in_flight();
+        f.debug_struct("ScsiController")
+            .field("name", &self.core.config.name)
+            .field("in_flight", &(gathered + submitted))
+            .finish_non_exhaustive()
     }
 }
 

@@ -6,13 +6,15 @@ pub(crate) mod world;
 
 use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kmcl::bus::Bus;
 use kmcl::loopback::LoopbackBus;
-use kmcl::{Channel, ChannelState, Guid, NtStatus, SendFlags, Side, Timeout};
+use kmcl::{
+    Channel, ChannelState, Guid, IncomingPacket, NtStatus, ProcessPacket, SendFlags, Side, Timeout,
+};
 use kmcl_worker::{Source, SourceId, Worker};
 use rustix::event::{EventfdFlags, eventfd};
 use vmbus_memory::PageRun;
@@ -157,6 +159,26 @@ pub(crate) struct Guest {
     pub(crate) channel: Channel,
     pub(crate) pages: PageRun,
     pub(crate) form: PacketForm,
+    pub(crate) notices: Arc<Notices>,
+}
+
+/// Counts what the host says by itself.
+#[derive(Default)]
+pub(crate) struct Notices(AtomicUsize);
+
+impl Notices {
+    pub(crate) fn count(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl ProcessPacket for Notices {
+    fn process_packet(&self, _channel: &Channel, packet: IncomingPacket) {
+        let (operation, _) = VstorPacket::peek(packet.payload()).unwrap();
+        assert_eq!(operation, Operation::ENUMERATE_BUS);
+        self.0.fetch_add(1, Ordering::SeqCst);
+        packet.complete(&[]);
+    }
 }
 
 /// Bytes of a guest's own buffer.
@@ -173,13 +195,15 @@ impl Guest {
         channel.init_set_maximum_packet_size(256).unwrap();
         channel.init_set_maximum_external_data(4 << 20, 1024).unwrap();
         channel.client_init_set_ring_buffer_page_count(16, 16).unwrap();
+        let notices = Arc::new(Notices::default());
+        channel.init_set_process_packet_callbacks(notices.clone()).unwrap();
         channel.enable().unwrap();
         until("the channel never opened", || {
             channel.process(64);
             channel.state() == ChannelState::Active
         });
         let pages = channel.allocate_pages(GUEST_BYTES / 4096).unwrap();
-        Self { channel, pages, form: PacketForm::Full }
+        Self { channel, pages, form: PacketForm::Full, notices }
     }
 
     /// Opens the primary channel and initialises it for `version`.

@@ -243,6 +243,13 @@ impl World {
         answered
     }
 
+    /// What came back so far, as it came: numbers and payloads.
+    pub(crate) fn raw_answers(&self) -> Vec<(usize, Vec<u8>)> {
+        self.process();
+        let answers = self.answers.0.lock().unwrap();
+        answers.iter().map(|(number, _, payload)| (*number, payload.clone())).collect()
+    }
+
     /// Waits until the back end holds so many requests: those that have not started, and that run.
     pub(crate) fn until_held(&self, waiting: usize, running: usize) {
         until("requests never came to the back end", || {
