@@ -34,7 +34,7 @@ use accept::Door;
 pub use hold::{HeldHost, HoldError};
 use port::Port;
 pub use restore::{FinishError, NotFinished, RestoreError, RestoringHost};
-pub use saved::{TransportReadError, TransportSave, TransportSaveError};
+pub use saved::{TransportReadError, TransportSave, TransportSaveError, check_saved_transport};
 use session::Hearing;
 
 /// Processes that may have connected and not yet introduced themselves.

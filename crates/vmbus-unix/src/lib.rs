@@ -74,5 +74,5 @@ pub use guest::{GuestEvent, GuestOptions, UnixGuest};
 pub use host::{
     FinishError, HeldHost, HoldError, HostEvent, HostOptions, MAX_EVENTS, MAX_HANDSHAKES,
     NotFinished, Peer, RestoreError, RestoringHost, TransportReadError, TransportSave,
-    TransportSaveError, UnixHost,
+    TransportSaveError, UnixHost, check_saved_transport,
 };

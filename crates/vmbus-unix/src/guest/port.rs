@@ -329,3 +329,42 @@ fn opened_channel(message: &[u8]) -> Option<u32> {
     let opens = header.message_type.get() == MessageType::OpenChannel.to_wire();
     opens.then_some(open.channel_id.get())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::event::PollFlags;
+
+    use super::*;
+    use crate::poller::wait_for;
+
+    fn shared() -> (OwnEvent, PeerEvent) {
+        let own = OwnEvent::new().unwrap();
+        let theirs = own.as_fd().try_clone_to_owned().unwrap();
+        (own, PeerEvent::from_peer(theirs, "test").unwrap())
+    }
+
+    /// Whether it was rung since the last look.
+    fn was_rung(event: &OwnEvent) -> bool {
+        let rung = wait_for(event, PollFlags::IN, Some(Duration::ZERO)).unwrap();
+        event.acknowledge();
+        rung
+    }
+
+    /// The host that is gone has perhaps not heard the last one.
+    #[test]
+    fn a_signal_that_leads_elsewhere_is_given_there_once() {
+        let ((first, first_peer), (second, second_peer)) = (shared(), shared());
+        let signal = HostSignal::default();
+        signal.signal();
+        signal.set(first_peer);
+        assert!(!was_rung(&first), "nothing to say yet");
+        signal.signal();
+        assert!(was_rung(&first));
+        signal.set(second_peer);
+        assert!(was_rung(&second));
+        signal.signal();
+        assert!(was_rung(&second) && !was_rung(&first));
+    }
+}

@@ -194,6 +194,15 @@ pub enum TransportReadError {
     },
 }
 
+/// Checks the whole state of a transport, without a host being made from it. Returns whether it has a
+/// guest, which will have to come back.
+///
+/// # Errors
+/// [`TransportReadError`].
+pub fn check_saved_transport(stream: &[u8]) -> Result<bool, TransportReadError> {
+    read(stream).map(|guest| guest.is_some())
+}
+
 /// Reads the whole state of a transport: `None` where there was no guest.
 pub(super) fn read(mut stream: &[u8]) -> Result<Option<SavedGuest>, TransportReadError> {
     let mut reader = StreamReader::new(StreamKind::TRANSPORT, KINDS);

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kmcl::{Channel, ChannelState, Guid, IncomingPacket, ProcessPacket, Save, SaveOptions, Side};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use saved_state::transport::{KINDS, TransportRecord, TransportRegionRecord};
 use saved_state::{StreamKind, StreamReader};
 use tempfile::TempDir;
+use vmbus_host::HostBus;
 use vmbus_memory::GuestMemory;
 use vmbus_unix::frame::{HelloRegion, Kind, MAX_DOORBELLS_PER_FRAME, ResumeClaim};
 use vmbus_unix::{
@@ -48,7 +50,7 @@ impl Saved {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vmbus");
         let host = UnixHost::bind(&path).unwrap();
-        let device = device(&host);
+        let device = device(host.bus());
         let options = GuestOptions { reconnect: Some(PATIENCE), ..GuestOptions::new(1 << 20) };
         let guest = std::thread::scope(|scope| {
             let connecting = scope.spawn(|| UnixGuest::connect_with(&path, options).unwrap());
@@ -104,8 +106,8 @@ impl Saved {
     }
 }
 
-fn device(host: &UnixHost) -> Channel {
-    let device = Channel::allocate(Side::Server, Arc::new(host.bus().clone()));
+fn device(bus: &HostBus) -> Channel {
+    let device = Channel::allocate(Side::Server, Arc::new(bus.clone()));
     device.server_init_set_target_interface_id(INTERFACE, Guid::from_u128(1)).unwrap();
     device.init_set_process_packet_callbacks(Arc::new(Null)).unwrap();
     device.enable().unwrap();
@@ -378,4 +380,32 @@ fn a_guest_with_every_channel_there_can_be_comes_back() {
     drop(raw);
     assert!(matches!(settle(&restoring)[..], [HostEvent::GuestGone { .. }]));
     assert!(!restoring.guest_is_back());
+}
+
+/// What was rung while there was no host, or just before, was perhaps not heard: everything is rung.
+#[test]
+fn whoever_is_back_hears_every_doorbell_once_the_host_goes_on() {
+    let saved = Saved::new();
+    let restoring = saved.restoring();
+    let raw = Raw::connect(&saved.path);
+    let returning = saved.returning();
+    returning.say(&raw);
+    assert!(matches!(settle(&restoring)[..], [HostEvent::GuestBack { .. }]));
+    let (attention, doorbell) = (&returning.descriptors[0], &returning.doorbells[0][0].1);
+    let is_rung = |event: &OwnedFd| {
+        let mut fds = [PollFd::new(event, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    };
+    let _device = device(restoring.bus());
+    assert!(!is_rung(attention) && !is_rung(doorbell));
+    // What it rings meanwhile is not lost either.
+    let event_port = raw.receive().unwrap().descriptors.swap_remove(0);
+    rustix::io::write(&event_port, &1u64.to_ne_bytes()).unwrap();
+    assert!(!restoring.wait(Some(Duration::ZERO)).unwrap());
+    let host = restoring.finish().unwrap();
+    assert!(is_rung(attention) && is_rung(doorbell));
+    assert_eq!(raw.receive().unwrap().header.kind, Kind::Listening as u32);
+    assert!(host.wait(Some(Duration::ZERO)).unwrap(), "there is a signal to be heard");
+    host.drive().unwrap();
+    assert!(!is_rung(&event_port), "it was heard");
 }

@@ -3,17 +3,26 @@
 //! The helper is this test program itself, run again with the name of one test and its task in the
 //! environment.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vmbus_unix::{BindError, ConnectionError, GuestOptions, HostOptions, UnixHost};
+use kmcl_worker::Worker;
+use vmbus_unix::{
+    BindError, ConnectionError, GuestEvent, GuestOptions, HostOptions, Reason, UnixHost,
+};
 
 use crate::ends::*;
+use crate::moves::{Saved, quick_device};
 
 const TASK: &str = "VMBUS_UNIX_TEST_TASK";
 const SOCKET: &str = "VMBUS_UNIX_TEST_SOCKET";
+
+/// The streams that a server leaves to the next one, beside its socket.
+const STREAMS: [&str; 3] = ["transport", "bus", "channel"];
 
 /// What a client does between its start and its end, in steps that it tells of.
 const STEPS: [&str; 6] = ["connected", "open", "echo 0", "echo 1", "echo 200", "closed"];
@@ -49,10 +58,17 @@ impl Helper {
     }
 }
 
-impl Drop for Helper {
-    fn drop(&mut self) {
+impl Helper {
+    /// SIGKILL.
+    fn kill(&mut self) {
         let _dead_already = self.child.kill();
         let _status = self.child.wait();
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -63,6 +79,9 @@ fn helper() {
     let Ok(task) = std::env::var(TASK) else { return };
     let socket = std::env::var_os(SOCKET).unwrap();
     let socket = Path::new(&socket);
+    if task == "mover" {
+        return serve_until_killed(socket);
+    }
     std::thread::spawn(|| {
         // Nobody writes there: it ends with whoever started us.
         let _end = std::io::stdin().read_line(&mut String::new());
@@ -90,6 +109,45 @@ fn helper() {
         }
         other => panic!("{other}"),
     }
+}
+
+/// Serves one device: a new one, or the one that another process has left. Saves it when it is told to,
+/// and then does nothing more.
+fn serve_until_killed(socket: &Path) {
+    let stream = |name| socket.with_file_name(name);
+    let worker = Worker::spawn("server").unwrap();
+    let (host, device) = if stream("channel").exists() {
+        let [transport, bus, channel] = STREAMS.map(|name| std::fs::read(stream(name)).unwrap());
+        let options = HostOptions::default();
+        let restoring = UnixHost::bind_restoring(socket, options, &transport, &bus).unwrap();
+        let device = quick_device(restoring.bus());
+        device.enable().unwrap();
+        device.restore_from(&channel[..]).unwrap();
+        assert!(restoring.drive_until_back(PATIENCE).unwrap());
+        (restoring.finish().unwrap(), device)
+    } else {
+        let host = UnixHost::bind(socket).unwrap();
+        let device = quick_device(host.bus());
+        device.enable().unwrap();
+        (host, device)
+    };
+    let host = Arc::new(host);
+    worker.add(&device).unwrap();
+    worker.add_source(Arc::clone(&host), Arc::new(Drive(Arc::clone(&host)))).unwrap();
+    device.start();
+    println!("serving");
+    if std::io::stdin().read_line(&mut String::new()).unwrap() == 0 {
+        return; // whoever started us is gone
+    }
+    let held = host.hold().unwrap();
+    let frozen = device.freeze().unwrap();
+    assert!(frozen.wait(Some(PATIENCE)));
+    let saved = Saved::of(&held, &frozen);
+    for (name, bytes) in STREAMS.into_iter().zip([saved.transport, saved.bus, saved.channel]) {
+        std::fs::write(stream(name), bytes).unwrap();
+    }
+    println!("saved");
+    wait_to_be_killed();
 }
 
 fn wait_to_be_killed() {
@@ -167,6 +225,52 @@ fn when_the_server_is_killed_the_client_knows_within_a_second() {
     }
     let _server = Server::start_at(&socket, HostOptions::default(), 1);
     Client::connect(&socket);
+}
+
+/// One process after the other is killed, and its place taken. The guest asks and asks, and hears nothing
+/// of it.
+#[test]
+fn a_server_goes_on_in_another_process_after_sigkill() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("vmbus");
+    let mut helper = Helper::start("mover", &socket);
+    helper.await_line("serving");
+    let options = GuestOptions { reconnect: Some(PATIENCE), ..GuestOptions::new(MEMORY) };
+    let client = Client::connect_with(&socket, options).unwrap();
+    let (channel, guest) = (&client.channel, &client.guest);
+    let (answered, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let number = answered.load(Ordering::Relaxed).to_le_bytes();
+                assert_eq!(echo(channel, &number).unwrap(), number);
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        for _ in 0..8 {
+            let before = answered.load(Ordering::Relaxed);
+            eventually(|| answered.load(Ordering::Relaxed) > before || asking.is_finished());
+            assert!(!asking.is_finished());
+            writeln!(helper.child.stdin.as_ref().unwrap(), "save").unwrap();
+            helper.await_line("saved");
+            helper.kill();
+            helper = Helper::start("mover", &socket);
+            helper.await_line("serving");
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    let resumed = |events: Vec<GuestEvent>| {
+        events.iter().filter(|event| matches!(event, GuestEvent::Resumed { .. })).count()
+    };
+    assert_eq!(resumed(guest.take_events()), 8);
+    assert!(guest.lost().is_none());
+    drop(helper);
+    // A process that has saved nothing since: the guest finds its state used.
+    let helper = Helper::start("mover", &socket);
+    eventually(|| guest.lost().is_some());
+    let lost = guest.lost().unwrap();
+    assert!(matches!(*lost, ConnectionError::Refused { reason: Reason::Stale, .. }), "{lost}");
+    drop(helper);
 }
 
 /// Nothing of a guest is left, as soon as the server has seen its end.

@@ -256,14 +256,14 @@ fn settle(drive: impl Fn() -> io::Result<bool>, wait: impl Fn() -> io::Result<bo
 }
 
 /// The streams of a saved server.
-struct Saved {
-    transport: Vec<u8>,
-    bus: Vec<u8>,
-    channel: Vec<u8>,
+pub(crate) struct Saved {
+    pub(crate) transport: Vec<u8>,
+    pub(crate) bus: Vec<u8>,
+    pub(crate) channel: Vec<u8>,
 }
 
 impl Saved {
-    fn of(held: &HeldHost<'_>, frozen: &Frozen) -> Self {
+    pub(crate) fn of(held: &HeldHost<'_>, frozen: &Frozen) -> Self {
         let options = SaveOptions::default();
         assert_eq!(frozen.running(), 0);
         Self {
@@ -413,7 +413,7 @@ fn moves_under_load(options: GuestOptions, moves: usize) {
 }
 
 /// Completes each packet with its own payload, at once.
-fn quick_device(bus: &HostBus) -> Channel {
+pub(crate) fn quick_device(bus: &HostBus) -> Channel {
     let device = Channel::allocate(Side::Server, Arc::new(bus.clone()));
     device.server_init_set_target_interface_id(ECHO, INSTANCE).unwrap();
     device.init_set_process_packet_callbacks(Arc::new(Echo)).unwrap();
