@@ -10,7 +10,9 @@ use std::process::Command;
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
 const ALL_LIBRARIES: &[&str] = &[
+    "hyperv-kvm",
     "kmcl",
+    "kmcl-vmm",
     "kmcl-worker",
     "saved-state",
     "vmbus-guest",
@@ -32,16 +34,23 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("saved-state", &["vmbus-wire"]),
     ("kmcl", &["vmbus-wire", "vmbus-memory", "vmbus-ring", "saved-state"]),
     ("kmcl-worker", &["kmcl"]),
+    ("kmcl-capi", &["vmbus-wire", "vmbus-memory", "saved-state", "kmcl", "kmcl-worker"]),
     ("vmbus-host", &["vmbus-wire", "vmbus-memory", "vmbus-ring", "saved-state", "kmcl"]),
     ("vmbus-guest", &["vmbus-wire", "vmbus-memory", "vmbus-ring", "kmcl"]),
     (
         "vmbus-unix",
         &["vmbus-wire", "vmbus-memory", "saved-state", "kmcl", "vmbus-host", "vmbus-guest"],
     ),
+    ("hyperv-kvm", &["vmbus-wire", "vmbus-memory", "kmcl", "vmbus-host"]),
+    (
+        "kmcl-vmm",
+        &["vmbus-memory", "vmbus-host", "hyperv-kvm", "kmcl", "kmcl-worker", "vsp-storage"],
+    ),
     ("vstor-wire", &["vmbus-wire"]),
     ("vsp-storage", &["vmbus-wire", "vmbus-memory", "saved-state", "kmcl", "vstor-wire"]),
     ("vsc-storage", &["vmbus-wire", "vmbus-memory", "kmcl", "vstor-wire"]),
     ("kmcl-sim", ALL_LIBRARIES),
+    ("saved-state-tests", ALL_LIBRARIES),
     ("kmcl-cli", ALL_LIBRARIES),
     ("kmcl-examples", ALL_LIBRARIES),
     ("xtask", &[]),
@@ -87,6 +96,7 @@ const FORBID_UNSAFE: &[&str] = &[
     "kmcl",
     "kmcl-worker",
     "saved-state",
+    "saved-state-tests",
     "vmbus-guest",
     "vmbus-host",
     "vmbus-ring",
@@ -98,7 +108,14 @@ const FORBID_UNSAFE: &[&str] = &[
 
 /// The only places whose sources may opt into unsafe code, module by module: a crate, and a folder
 /// in it.
-const MAY_BE_UNSAFE: &[(&str, &str)] = &[("vmbus-memory", "src"), ("vsp-storage", "src/block")];
+const MAY_BE_UNSAFE: &[(&str, &str)] =
+    &[
+    ("hyperv-kvm", "src/kvm.rs"),
+    ("kmcl-capi", "src"),
+    ("kmcl-vmm", "src/memory.rs"),
+    ("vmbus-memory", "src"),
+    ("vsp-storage", "src/block"),
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")

@@ -1,0 +1,99 @@
+//! Why a machine cannot be made or does not go on.
+
+use std::io;
+use std::path::PathBuf;
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The KVM device cannot be opened.
+    #[error("/dev/kvm: {0}")]
+    NoKvm(#[source] kvm_ioctls::Error),
+    /// A call to KVM failed.
+    #[error("{call}: {source}")]
+    Kvm {
+        /// Which.
+        call: &'static str,
+        /// What the system said.
+        source: kvm_ioctls::Error,
+    },
+    /// The guest's Hyper-V interfaces cannot be provided, or have failed.
+    #[error(transparent)]
+    HyperV(#[from] hyperv_kvm::Error),
+    /// The amount of memory is out of range.
+    #[error(
+        "{bytes} bytes of memory: give a multiple of 2 MiB, at least {least} MiB and at most {most} GiB"
+    )]
+    MemorySize {
+        /// What was asked for.
+        bytes: u64,
+        /// Least, in MiB.
+        least: u64,
+        /// Most, in GiB.
+        most: u64,
+    },
+    /// The memory cannot be had.
+    #[error("guest memory: {0}")]
+    Memory(String),
+    /// The number of processors is out of range.
+    #[error("{count} processors: give 1 to {most}")]
+    Processors {
+        /// What was asked for.
+        count: u32,
+        /// Most.
+        most: u32,
+    },
+    /// A file cannot be read.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel is no kernel.
+    #[error("{path} is neither a bzImage nor an ELF kernel: {why}")]
+    Kernel {
+        /// Which.
+        path: PathBuf,
+        /// What the loader said.
+        why: String,
+    },
+    /// The initial RAM disk does not fit behind the kernel.
+    #[error("the initrd has {bytes} bytes, the guest has room for {room}")]
+    InitrdSize {
+        /// Bytes of it.
+        bytes: u64,
+        /// Bytes between the kernel and the end of low memory.
+        room: u64,
+    },
+    /// The command line is too long, or has a byte that none can have.
+    #[error("the kernel's command line: {0}")]
+    CommandLine(String),
+    /// A thread cannot be made.
+    #[error("thread: {0}")]
+    Thread(#[source] io::Error),
+    /// KVM cannot go on with a vCPU.
+    #[error("processor {vp} has left KVM with {exit}")]
+    Exit {
+        /// Its index.
+        vp: u32,
+        /// What KVM said.
+        exit: String,
+    },
+    /// Tables for the firmware interface do not fit.
+    #[error("the ACPI tables do not fit: {bytes} bytes, room for {room}")]
+    Acpi {
+        /// Bytes of the tables.
+        bytes: u64,
+        /// Room.
+        room: u64,
+    },
+}
+
+impl Error {
+    pub(crate) fn kvm(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { call, source }
+    }
+}

@@ -1,0 +1,27 @@
+//! A small VMM: it boots unmodified guests, whose disks, network and services are on a VMBus.
+//!
+//! There is no PCI, and no emulated hardware beyond what boot needs: interrupt controllers (KVM's), a
+//! serial port, ACPI tables, and ports to power off and reset. Everything else is a channel, offered on
+//! [`Machine::bus`].
+//!
+//! | module | what it has |
+//! |---|---|
+//! | `machine` | the parts put together, and the threads that run them |
+//! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
+//! | `memory` | guest memory |
+//! | `serial` | the console |
+//! | `layout` | where things are |
+
+mod boot;
+mod error;
+mod layout;
+mod machine;
+mod memory;
+mod serial;
+
+pub use boot::BootConfig;
+pub use error::Error;
+pub use machine::{End, MAX_PROCESSORS, Machine, MachineConfig, MachineEvent, Running};
+pub use serial::ConsoleOutput;
+
+pub use hyperv_kvm::{CrashReport, Mode};
