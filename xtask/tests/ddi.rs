@@ -11,31 +11,12 @@ use std::path::{Path, PathBuf};
 /// The names of the driver interface, `kind name` a line.
 const NAMES: &str = include_str!("ddi-names.txt");
 
-/// Names without a Rust item so far, all of save and restore; their rows say `planned`. A row that
-/// says so and is not listed here fails, and so does one that is listed and done.
-const PLANNED: &[&str] = &[
-    "EvtVmbChannelRestorePacket",
-    "EvtVmbChannelSavePacket",
-    "VmbChannelRestoreFromBuffer",
-    "VmbChannelSaveBegin",
-    "VmbChannelSaveContinue",
-    "VmbChannelSaveEnd",
-    "VmbPacketRestore",
-    "VmbServerChannelInitSetSaveRestorePacketCallbacks",
-];
-
 /// One row of the table in docs/ddi.md. Items and tests are paths such as `kmcl::Channel::enable`.
 #[derive(Debug, Eq, PartialEq)]
 struct Row {
     ddi: String,
-    items: Cell,
-    tests: Cell,
-}
-
-#[derive(Debug, Eq, PartialEq)]
-enum Cell {
-    Planned,
-    Paths(Vec<String>),
+    items: Vec<String>,
+    tests: Vec<String>,
 }
 
 /// The rows of every table whose first column is headed `DDI`.
@@ -59,12 +40,9 @@ fn rows(document: &str) -> Vec<Row> {
     rows
 }
 
-/// What stands between backquotes in a cell, or the word `planned`.
-fn cell(text: &str) -> Cell {
-    if text == "planned" {
-        return Cell::Planned;
-    }
-    Cell::Paths(text.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+/// What stands between backquotes in a cell.
+fn cell(text: &str) -> Vec<String> {
+    text.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 /// Something a source defines, by its full path: crate, modules, type, name.
@@ -182,7 +160,7 @@ fn names(path: &str, item: &Item) -> bool {
 }
 
 /// Everything wrong with `rows`, one line each.
-fn findings(rows: &[Row], items: &[Item], planned: &[&str]) -> Vec<String> {
+fn findings(rows: &[Row], items: &[Item]) -> Vec<String> {
     let wanted: BTreeSet<_> = NAMES
         .lines()
         .filter(|line| !line.starts_with('#'))
@@ -198,18 +176,12 @@ fn findings(rows: &[Row], items: &[Item], planned: &[&str]) -> Vec<String> {
         if !seen.insert(name) {
             found.push(format!("{name}: has a second row"));
         }
-        match (&row.items, &row.tests) {
-            (Cell::Planned, Cell::Planned) if planned.contains(&name) => {}
-            (Cell::Paths(rust), Cell::Paths(tests)) if !planned.contains(&name) => {
-                found.extend(missing(name, "item", rust, |path| {
-                    items.iter().any(|item| item.is_public && names(path, item))
-                }));
-                found.extend(missing(name, "test", tests, |path| {
-                    items.iter().any(|item| item.is_test && names(path, item))
-                }));
-            }
-            _ => found.push(format!("{name}: PLANNED and the row do not agree on what is planned")),
-        }
+        found.extend(missing(name, "item", &row.items, |path| {
+            items.iter().any(|item| item.is_public && names(path, item))
+        }));
+        found.extend(missing(name, "test", &row.tests, |path| {
+            items.iter().any(|item| item.is_test && names(path, item))
+        }));
     }
     found.extend(wanted.difference(&seen).map(|name| format!("{name}: has no row")));
     found
@@ -269,7 +241,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
 fn every_name_of_the_driver_interface_has_an_item_and_a_test() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let document = std::fs::read_to_string(root.join("docs/ddi.md")).unwrap();
-    let found = findings(&rows(&document), &all_items(&root.join("crates")), PLANNED);
+    let found = findings(&rows(&document), &all_items(&root.join("crates")));
     assert!(found.is_empty(), "docs/ddi.md:\n{}", found.join("\n"));
 }
 
@@ -367,13 +339,10 @@ fn a_row_that_is_missing_or_untrue_is_found() {
             .filter_map(|line| line.split_whitespace().nth(1))
             .map(change)
             .collect();
-        findings(&rows_of_table(&rows), &sample_items(), &["VmbChannelSaveBegin"])
+        findings(&rows_of_table(&rows), &sample_items())
     };
-    let fine = |name: &str| match name {
-        "VmbChannelSaveBegin" => format!("| {name} | planned | planned |\n"),
-        _ => format!(
-            "| {name} | `kmcl::Channel::enable` | `kmcl::channel::tests::enable_offers` |\n"
-        ),
+    let fine = |name: &str| {
+        format!("| {name} | `kmcl::Channel::enable` | `kmcl::channel::tests::enable_offers` |\n")
     };
     let with = |name: &'static str, row: &'static str| {
         move |other: &str| if other == name { row.to_owned() } else { fine(other) }
@@ -392,21 +361,15 @@ fn a_row_that_is_missing_or_untrue_is_found() {
         ),
         ("| VmbChannelEnable | `kmcl::Channel::enable` | |\n", "VmbChannelEnable: names no test"),
         (
-            "| VmbChannelEnable | planned | planned |\n",
-            "VmbChannelEnable: PLANNED and the row do not agree on what is planned",
+            "| VmbChannelEnable | planned | `kmcl::channel::tests::enable_offers` |\n",
+            "VmbChannelEnable: names no item",
         ),
     ] {
         assert_eq!(table(&with("VmbChannelEnable", row)), [complaint], "{row}");
     }
-    let done = "| VmbChannelSaveBegin | `kmcl::Channel` | `kmcl::tests::enable_offers` |\n";
-    assert_eq!(
-        table(&with("VmbChannelSaveBegin", done)),
-        ["VmbChannelSaveBegin: PLANNED and the row do not agree on what is planned"]
-    );
     let doubled = findings(
         &rows_of_table(&[fine("VmbChannelEnable"), fine("VmbChannelEnable"), fine("Vmb")].concat()),
         &sample_items(),
-        &[],
     );
     assert_eq!(
         doubled[..2],
