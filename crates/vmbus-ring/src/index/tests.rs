@@ -182,3 +182,49 @@ fn a_fresh_ring_is_empty_and_says_what_it_can() {
     let _ = ReadEnd::new(&words, SIZE).unwrap();
     assert_eq!(words.get(Word::InterruptMask), 1);
 }
+
+/// Both ends go on where they were kept, whatever the ring's own words say by then, and show it.
+#[test]
+fn an_end_goes_on_where_it_was_kept() {
+    let words = Words::default();
+    for (read, write, lie) in [(0, 0, 8), (8, 32, 56), (56, 40, 0), (48, 8, 24)] {
+        words.set(Word::ReadIndex, read);
+        words.set(Word::WriteIndex, write);
+        words.set(Word::InterruptMask, 0);
+        let mut reader = ReadEnd::new(&words, SIZE).unwrap();
+        words.set(Word::ReadIndex, lie);
+        reader.resume_at(read).unwrap();
+        assert_eq!((reader.position(), words.get(Word::ReadIndex)), (read, read));
+        assert_eq!(words.get(Word::InterruptMask), 1, "masked, like a new end");
+        assert_eq!(reader.refresh(), Ok(distance(read, write, SIZE)), "{read} {write}");
+
+        let mut writer = WriteEnd::new(&words, SIZE).unwrap();
+        words.set(Word::WriteIndex, lie);
+        writer.resume_at(write).unwrap();
+        assert_eq!((writer.position(), words.get(Word::WriteIndex)), (write, write));
+        assert_eq!(writer.free(), MOST - distance(read, write, SIZE), "{read} {write}");
+        assert!(!writer.publish(), "nothing is new");
+    }
+}
+
+/// What is no position leaves an end, and the ring, as they were.
+#[test]
+fn an_end_does_not_go_on_where_no_packet_can_be() {
+    let words = Words::default();
+    words.set(Word::ReadIndex, 8);
+    words.set(Word::WriteIndex, 24);
+    let mut reader = ReadEnd::new(&words, SIZE).unwrap();
+    let mut writer = WriteEnd::new(&words, SIZE).unwrap();
+    words.set(Word::InterruptMask, 0);
+    for none in [4, 7, SIZE, SIZE + 8, u32::MAX - 7] {
+        assert!(reader.resume_at(none).is_err(), "{none}");
+        assert!(writer.resume_at(none).is_err(), "{none}");
+        assert_eq!((reader.position(), writer.position()), (8, 24), "{none}");
+        assert_eq!((words.get(Word::ReadIndex), words.get(Word::WriteIndex)), (8, 24), "{none}");
+        assert_eq!(words.get(Word::InterruptMask), 0, "{none}");
+    }
+    // A writer looks at the reader's index as well: where that is none nothing is free.
+    words.set(Word::ReadIndex, 5);
+    assert!(writer.resume_at(32).is_err());
+    assert_eq!((writer.position(), words.get(Word::WriteIndex)), (24, 24));
+}
