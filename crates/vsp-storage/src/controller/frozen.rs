@@ -125,12 +125,13 @@ impl Hold {
         Ok(Self { core: Arc::clone(core) })
     }
 
-    /// Requests of channels of the past, which end by themselves.
+    /// Requests of channels of the past, which end by themselves; and these channels, until they are
+    /// withdrawn: the bus would save offers that nobody makes again.
     fn retired(&self) -> u32 {
         let lanes = self.core.read_lanes();
-        let waits = |(_, lane): &(Channel, Arc<super::lane::Lane>)| {
+        let waits = |(channel, lane): &(Channel, Arc<super::lane::Lane>)| {
             let (gathered, submitted) = lane.requests().count();
-            gathered + submitted
+            gathered + submitted + usize::from(channel.state() != ChannelState::Disabled)
         };
         u32::try_from(lanes.retired.iter().map(waits).sum::<usize>()).unwrap_or(u32::MAX)
     }
