@@ -3,7 +3,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kmcl::ResumedPacket;
 use saved_state::channel::{
     ChannelRecord, INCOMING_PACKET, IncomingPacketRecord, KINDS, OutgoingPacketRecord,
 };
@@ -16,10 +15,11 @@ pub enum Fault {
     /// Requests that run are handed over as cancelled without being so: their originals land later, over
     /// what was written meanwhile.
     ReplayWithoutFence,
-    /// The next request that comes again is forgotten: nobody ever completes it.
+    /// In the next stream of a channel with requests in flight the first of them is missing: nobody ever
+    /// completes it where that is restored.
     DropPacket,
-    /// In the next stream of a channel the first request in flight stands twice: it is completed twice
-    /// where that is restored. (The library's types leave no way to complete a packet twice here.)
+    /// There it stands twice, and is completed twice: two completions of one transaction are in the ring.
+    /// (The library's types leave no way to complete a packet twice here, nor to lose one.)
     CompleteTwice,
 }
 
@@ -46,8 +46,18 @@ impl Fault {
     }
 }
 
-/// The stream of a channel, with its first incoming packet twice; once, if that is to be done.
-pub(crate) fn double_packet(stream: &[u8]) -> Option<Vec<u8>> {
+/// How often the first incoming packet of the next stream is to stand there.
+pub(crate) fn first_packet_stands() -> u32 {
+    match (Fault::DropPacket.is_on(), Fault::CompleteTwice.is_on()) {
+        (true, _) => 0,
+        (false, true) => 2,
+        (false, false) => 1,
+    }
+}
+
+/// The stream of a channel with its first incoming packet so many times; `None` if it has none, or no
+/// room for one more. What is to be done is done with this.
+pub(crate) fn repeat_first_packet(stream: &[u8], times: u32) -> Option<Vec<u8>> {
     let mut reader = StreamReader::new(StreamKind::CHANNEL, KINDS);
     let mut input = stream;
     let first = reader.read(&mut input).ok()??;
@@ -56,8 +66,8 @@ pub(crate) fn double_packet(stream: &[u8]) -> Option<Vec<u8>> {
     if channel.incoming_packets == 0 || channel.incoming_packets == channel.maximum_packet_count {
         return None;
     }
-    channel.incoming_packets += 1;
-    let (chunks, items) = (info.chunks + 1, info.items + 1);
+    channel.incoming_packets = channel.incoming_packets + times - 1;
+    let (chunks, items) = (info.chunks + times - 1, info.items + times - 1);
     let info = StreamInfo { chunks, items, ..info };
     let mut writer = StreamWriter::new(FormatVersion::NEWEST, info, KINDS).ok()?;
     let mut out = vec![0; stream.len() * 2];
@@ -69,6 +79,7 @@ pub(crate) fn double_packet(stream: &[u8]) -> Option<Vec<u8>> {
         }
         _ => None,
     };
+    let mut is_first = true;
     let mut end = put(writer.header(&mut out))?;
     end = put(writer.record(&channel, out.get_mut(end..)?))?;
     while let Some(chunk) = reader.read(&mut input).ok()? {
@@ -78,22 +89,14 @@ pub(crate) fn double_packet(stream: &[u8]) -> Option<Vec<u8>> {
             continue;
         }
         let packet: IncomingPacketRecord<'_> = chunk.decode().ok()?;
-        let times = if COMPLETE_TWICE.swap(false, Ordering::SeqCst) { 2 } else { 1 };
-        for _ in 0..times {
+        let is_first = std::mem::take(&mut is_first);
+        for _ in 0..if is_first { times } else { 1 } {
             end = put(writer.record(&packet, out.get_mut(end..)?))?;
         }
     }
     end = put(writer.end(out.get_mut(end..)?))?;
     out.truncate(end);
+    DROP_PACKET.store(false, Ordering::SeqCst);
+    COMPLETE_TWICE.store(false, Ordering::SeqCst);
     Some(out)
-}
-
-/// Forgets a packet, once, if that is to be done.
-pub(crate) fn drop_packet(packet: ResumedPacket) -> Option<ResumedPacket> {
-    if DROP_PACKET.swap(false, Ordering::SeqCst) {
-        // Dropped, it would stop its channel, as it should.
-        std::mem::forget(packet);
-        return None;
-    }
-    Some(packet)
 }

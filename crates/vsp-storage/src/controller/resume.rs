@@ -128,8 +128,6 @@ impl Lane {
         use kmcl::ProcessPacket;
         let fence = resumed.fence();
         let note: Box<[u8]> = resumed.device_state().into();
-        #[cfg(feature = "faults")]
-        let Some(resumed) = crate::faults::drop_packet(resumed) else { return };
         let packet = resumed.into_packet();
         match VstorPacket::peek(packet.payload()) {
             Some((Operation::EXECUTE_SRB, form)) if !note.is_empty() => {

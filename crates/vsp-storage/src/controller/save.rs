@@ -46,10 +46,13 @@ impl StreamSave {
         options: &SaveOptions,
     ) -> Result<Self, ControllerError> {
         #[cfg(feature = "faults")]
-        if crate::faults::Fault::CompleteTwice.is_on() {
+        if crate::faults::first_packet_stands() != 1 {
+            let times = crate::faults::first_packet_stands();
             let mut bytes = Vec::new();
             let written = channel.save_with(options)?.write_to(&mut bytes);
-            if let (Ok(_), Some(bytes)) = (written, crate::faults::double_packet(&bytes)) {
+            if let (Ok(_), Some(bytes)) =
+                (written, crate::faults::repeat_first_packet(&bytes, times))
+            {
                 return Ok(Self::Faulty { bytes, written: 0 });
             }
         }
