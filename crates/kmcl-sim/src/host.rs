@@ -33,6 +33,39 @@ pub(crate) struct Host {
     pub(crate) withdrawal_due: u64,
 }
 
+/// The devices beside the controller.
+pub(crate) struct Devices {
+    pub(crate) gadget: Gadget,
+    pub(crate) churn: ChurnDevice,
+    pub(crate) sockets: Arc<SocketHost>,
+}
+
+impl Devices {
+    /// Devices that are not offered yet.
+    pub(crate) fn new(
+        plan: &Plan,
+        log: &Arc<Log>,
+        bus: &HostBus,
+        tasks: &Tasks,
+        rng: &mut Rng,
+    ) -> Self {
+        let gadget = Gadget::new(bus, tasks, log, plan.events, rng.fork());
+        let sockets = SocketHost::new(rng.fork());
+        bus.set_hvsock_handler(Arc::clone(&sockets) as _);
+        Self {
+            gadget: gadget.expect("a device's channel"),
+            churn: ChurnDevice::new(bus, tasks).expect("a device's channel"),
+            sockets,
+        }
+    }
+
+    /// Lets go of what holds itself.
+    pub(crate) fn abandon(&self) {
+        self.gadget.abandon();
+        self.sockets.abandon();
+    }
+}
+
 impl Host {
     /// A host whose devices are not offered yet.
     pub(crate) fn new(
@@ -55,24 +88,21 @@ impl Host {
         let controller = controller.expect("a controller");
         let (backend, disk) = new_disk(medium);
         controller.attach(storage::ADDRESS, disk).expect("a free address");
-        Self::assemble(plan, log, bus, tasks, backend, controller, rng)
+        let devices = Devices::new(plan, log, &bus, &tasks, rng);
+        let host = Self::of(bus, tasks, backend, controller, devices);
+        Self { withdrawals_left: plan.withdrawals, ..host }
     }
 
-    /// A host of these parts, and of devices that are not offered yet.
-    pub(crate) fn assemble(
-        plan: &Plan,
-        log: &Arc<Log>,
+    /// A host of these parts.
+    pub(crate) fn of(
         bus: HostBus,
         tasks: Arc<Tasks>,
         backend: Arc<TestBackend>,
         controller: ScsiController,
-        rng: &mut Rng,
+        devices: Devices,
     ) -> Self {
-        let gadget =
-            Gadget::new(&bus, &tasks, log, plan.events, rng.fork()).expect("a device's channel");
-        let churn = ChurnDevice::new(&bus, &tasks).expect("a device's channel");
-        let sockets = SocketHost::new(rng.fork());
-        bus.set_hvsock_handler(Arc::clone(&sockets) as _);
+        let Devices { gadget, churn, sockets } = devices;
+        let (withdrawals_left, withdrawal_due) = (0, 0);
         Self {
             bus,
             tasks,
@@ -82,8 +112,8 @@ impl Host {
             churn,
             sockets,
             offered: [false; 3],
-            withdrawals_left: plan.withdrawals,
-            withdrawal_due: 0,
+            withdrawals_left,
+            withdrawal_due,
         }
     }
 

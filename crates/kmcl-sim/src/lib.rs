@@ -58,7 +58,7 @@ mod wires;
 mod world;
 
 pub use log::Ends;
-pub use moves::SavedWorld;
+pub use moves::{Damage, SavedWorld};
 pub use outcome::Outcome;
 pub use plan::Plan;
 pub use rng::Rng;

@@ -118,6 +118,15 @@ impl Tasks {
         progress.packets
     }
 
+    /// Lets every channel do what it has to do.
+    pub(crate) fn run_all(&self) {
+        let channels: Vec<Channel> =
+            self.lock().tasks.iter().map(|task| task.channel.clone()).collect();
+        for channel in channels {
+            channel.process(u32::MAX);
+        }
+    }
+
     /// The completions of the disks.
     pub(crate) fn completions(&self) -> Vec<Arc<Completions>> {
         self.lock().completions.clone()

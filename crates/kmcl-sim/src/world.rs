@@ -304,6 +304,10 @@ impl World {
             }
         }
         let medium = &self.medium;
+        if medium.overlaps() != 0 {
+            let writes = medium.overlaps();
+            self.log.violation(format_args!("{writes} writes came while others could still land"));
+        }
         self.guest.storage.judge(|block| disk::block(medium, block));
         Outcome {
             storage: self.guest.storage.ends().clone(),
@@ -316,6 +320,11 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        if std::thread::panicking() || !self.log.violations().is_empty() {
+            // Something is lost or broken, and a device could wait for it for ever.
+            std::mem::forget((self.hold.take(), self.host.take()));
+            return;
+        }
         self.hold = None;
         // What is under way lands, so that nothing waits for it when the devices go.
         disk::settle(&self.medium);

@@ -40,6 +40,8 @@ struct Inner {
     is_frozen: bool,
     /// Its channel is being restored.
     is_restoring: bool,
+    /// The GPADL that a former device had mapped, and the packet that asked for it.
+    to_be_mapped: Option<(u32, u64)>,
 }
 
 /// The guest's counters.
@@ -78,6 +80,7 @@ impl Gadget {
                 mapped: None,
                 is_frozen: false,
                 is_restoring: false,
+                to_be_mapped: None,
             }),
         });
         let channel = Channel::allocate(Side::Server, Arc::new(bus.clone()));
@@ -115,18 +118,18 @@ impl Gadget {
         let inner = self.device.lock();
         DeviceState {
             events_left: inner.events_left,
-            mapped: inner.mapped.as_ref().map(|mapped| (mapped.gpadl, mapped.since)),
+            mapped: match &inner.mapped {
+                Some(mapped) => Some((mapped.gpadl, mapped.since)),
+                None => inner.to_be_mapped,
+            },
         }
     }
 
-    /// Makes the device what one was that was saved. Its channel is open, or not offered.
+    /// Makes the device what one was that was saved. The guest's counters come with the rings.
     pub(crate) fn set_state(&self, state: &DeviceState) {
-        self.device.lock().events_left = state.events_left;
-        if let Some((gpadl, since)) = state.mapped
-            && self.channel.state().is_open()
-        {
-            self.device.map(&self.channel, gpadl, since);
-        }
+        let inner = &mut *self.device.lock();
+        inner.events_left = state.events_left;
+        inner.to_be_mapped = state.mapped;
     }
 
     /// What the device can do by itself, and when.
@@ -341,8 +344,17 @@ impl ProcessPacket for Device {
 }
 
 impl StateChange for Device {
+    fn opened(&self, channel: &Channel) -> Result<(), NtStatus> {
+        let to_be_mapped = self.lock().to_be_mapped.take();
+        if let Some((gpadl, since)) = to_be_mapped {
+            self.map(channel, gpadl, since);
+        }
+        Ok(())
+    }
+
     fn closed(&self, _channel: &Channel) {
-        self.lock().mapped = None;
+        let inner = &mut *self.lock();
+        (inner.mapped, inner.to_be_mapped) = (None, None);
     }
 
     fn suspend(&self, _channel: &Channel) {

@@ -1,6 +1,8 @@
-//! Seeds, and how a failing one is told and run again.
+//! Seeds, how a failing one is told and run again, and worlds at some moment.
 
-use kmcl_sim::{Outcome, World};
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use kmcl_sim::{Outcome, Plan, World};
 
 /// A seed that is printed when the test fails under it.
 pub(crate) struct Seed(u64);
@@ -32,4 +34,25 @@ pub(crate) fn seeds(count: u64) -> impl Iterator<Item = Seed> {
 /// Runs a world to its end.
 pub(crate) fn finish(mut world: World) -> Outcome {
     world.finish()
+}
+
+/// Steps that a frozen host is given to settle: far more than any takes.
+const SETTLING_STEPS: u32 = 5000;
+
+/// The world of `seed` after `steps` steps; `None` if it does not have as many.
+pub(crate) fn world_at(seed: u64, plan: &Plan, steps: u64) -> Option<World> {
+    let mut world = World::new(seed, plan.clone());
+    (0..steps).all(|_| world.step()).then_some(world)
+}
+
+/// Freezes the host, and waits until it has settled.
+pub(crate) fn freeze(world: &mut World) {
+    world.freeze();
+    for _ in 0..SETTLING_STEPS {
+        if world.is_settled() {
+            return;
+        }
+        assert!(world.step(), "what is under way in the devices never ends");
+    }
+    panic!("not settled after {SETTLING_STEPS} steps");
 }
