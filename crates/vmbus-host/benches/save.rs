@@ -35,7 +35,7 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 /// A host whose guest has opened every channel.
 fn host() -> Outcome<Host> {
     let pages = PAGES * u64::from(CHANNELS);
-    let ram = RamMap::new([(0, 2 * pages << 12)]);
+    let ram = RamMap::new([(0, (2 * pages) << 12)]);
     let mut host = Host::new(Config::default(), GuestShape { vp_count: 4, ram });
     let mut effects: Vec<Effect> = Vec::new();
     let mut offers = Vec::new();

@@ -39,6 +39,8 @@ pub(crate) struct FakeMachine {
     pub(crate) listening: BTreeMap<u32, Arc<dyn Doorbell>>,
     pub(crate) cannot_listen: bool,
     pub(crate) cannot_signal: bool,
+    /// Instead of the usual number of processors.
+    pub(crate) vp_count: Option<u32>,
     /// Called in the middle of the next delivery.
     pub(crate) during_post: Option<Box<dyn FnOnce() + Send>>,
     pub(crate) during_listen: Option<Box<dyn FnOnce() + Send>>,
@@ -85,7 +87,7 @@ impl GuestPort for FakePort {
     }
 
     fn vp_count(&self) -> u32 {
-        VP_COUNT
+        self.machine().vp_count.unwrap_or(VP_COUNT)
     }
 
     fn post_message(&self, slot: SlotId, message: &[u8]) -> Posted {
@@ -214,10 +216,14 @@ impl World {
     }
 
     pub(crate) fn offer(&self, number: u32) -> Device {
+        self.offer_as(Offer::new(TYPE, instance(number)))
+    }
+
+    pub(crate) fn offer_as(&self, offer: Offer) -> Device {
         let (events, recorder) = EventSink::recorder();
         let bell = Arc::new(Bell::default());
         let endpoint = Endpoint { events, doorbell: Arc::clone(&bell) as _ };
-        let link = self.bus.offer(Offer::new(TYPE, instance(number)), endpoint).unwrap();
+        let link = self.bus.offer(offer, endpoint).unwrap();
         Device { link, events: Events(Box::new(move || recorder.take())), bell }
     }
 
