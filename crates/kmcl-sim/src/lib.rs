@@ -26,7 +26,8 @@
 //! | `gadget` | a device that sends packets itself, and its driver |
 //! | `churn` | a channel that is opened, closed, moved and withdrawn all the time |
 //! | `sockets` | requests for socket connections, refused late |
-//! | `log` | the bystander who counts every packet |
+//! | `log` | the bystander who counts every packet of that device |
+//! | `wiretap` | the bystander who looks at the rings |
 //! | `rng`, `trace` | chance, and what it led to |
 //!
 //! No thread, no clock of the system, no map without an order, no chance but the seed's.
@@ -55,6 +56,7 @@ mod storage;
 mod tasks;
 mod trace;
 mod wires;
+mod wiretap;
 mod world;
 
 pub use log::Ends;
@@ -64,4 +66,5 @@ pub use plan::Plan;
 pub use rng::Rng;
 pub use storage::StorageEnd;
 pub use trace::Trace;
+pub use wiretap::WireCounts;
 pub use world::World;

@@ -97,6 +97,7 @@ impl World {
     pub fn thaw(&mut self) {
         self.log.line(format_args!("thaw"));
         self.hold = None;
+        self.look();
     }
 
     /// Ends a host that was frozen and has settled, as the end of its process would: nobody is told.
@@ -123,6 +124,7 @@ impl World {
         let restored = self.come_back(saved, true)?;
         self.log.set_frozen(false);
         self.host = Some(restored.start(saved));
+        self.look();
         Ok(())
     }
 

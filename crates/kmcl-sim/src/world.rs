@@ -18,6 +18,7 @@ use crate::rng::Rng;
 use crate::storage;
 use crate::trace::Trace;
 use crate::wires::{Arrival, Wires, deliver_to_host};
+use crate::wiretap::{WireCounts, Wiretap};
 
 /// Steps after which a world that does not come to its end is given up: some hundred times what the
 /// plans here take.
@@ -37,6 +38,7 @@ pub struct World {
     /// None after the host's end, until another has taken over.
     pub(crate) host: Option<Host>,
     pub(crate) hold: Option<Hold>,
+    wiretap: Wiretap,
     /// Back ends of former hosts: what they have begun goes on.
     pub(crate) ghosts: Vec<Arc<TestBackend>>,
 }
@@ -99,6 +101,7 @@ impl World {
             guest,
             host: Some(host),
             hold: None,
+            wiretap: Wiretap::new(memory),
             ghosts: Vec::new(),
         }
     }
@@ -135,6 +138,7 @@ impl World {
         let (_, action) = actions[self.rng.index(actions.len())];
         self.log.line(format_args!("{action:?}"));
         self.perform(action);
+        self.look();
         self.now += 1;
         true
     }
@@ -143,6 +147,19 @@ impl World {
     pub fn finish(&mut self) -> Outcome {
         while self.step() {}
         self.judge()
+    }
+
+    /// Looks at what was written to the rings.
+    pub(crate) fn look(&mut self) {
+        if let Some(host) = &self.host {
+            self.wiretap.look(&host.bus, &self.log);
+        }
+    }
+
+    /// Packets that were seen in the rings.
+    #[must_use]
+    pub fn wire_counts(&self) -> WireCounts {
+        self.wiretap.counts()
     }
 
     /// What can happen, and from when on.

@@ -49,6 +49,8 @@ fn a_server_that_makes_mistakes_is_found_out() {
         (Fault::ReplayWithoutFence, &[" holds ", "could still land"][..]),
         // A request without an end.
         (Fault::DropPacket, &["under_way: 1", "stuck"]),
+        // The client's library ignores it; the rings have it.
+        (Fault::CompleteTwice, &["the host completes what does not wait"]),
     ] {
         let found = violations(Some(fault));
         for sign in signs {

@@ -38,9 +38,7 @@ fn move_host(world: &mut World, buffer: usize) {
     freeze(world);
     let saved = world.save(buffer);
     world.kill_host();
-    if let Err(error) = world.restore(&saved) {
-        panic!("not restored: {error}");
-    }
+    assert_eq!(world.restore(&saved), Ok(()));
 }
 
 /// At every step, the first contact included: the host is saved there, ends, and another one goes on.
