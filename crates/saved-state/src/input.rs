@@ -31,9 +31,9 @@ pub enum InputError {
 /// Only where chunks begin and end is looked at: that a chunk is undamaged and in its place is for the
 /// [`StreamReader`](crate::StreamReader) to see that gets it.
 ///
-/// Its memory is one chunk: twice the bytes that came of it, or 4096, and never more
-/// than [`MAX_CHUNK_BYTES`](crate::limits::MAX_CHUNK_BYTES). A length that is only claimed allocates
-/// nothing.
+/// Its memory is one chunk: [`INPUT_BYTES_PER_BYTE`](crate::limits::INPUT_BYTES_PER_BYTE) for each byte that
+/// came of it, or 4096, and never more than [`MAX_CHUNK_BYTES`](crate::limits::MAX_CHUNK_BYTES). A length
+/// that is only claimed allocates nothing.
 #[derive(Debug)]
 pub struct ChunkInput<R> {
     source: R,
@@ -167,7 +167,9 @@ impl<R: Read> ChunkInput<R> {
     /// Reads on until `target` bytes of the chunk are there, or the source is over.
     fn fill(&mut self, target: usize) -> io::Result<()> {
         while self.filled < target {
-            let goal = target.min(FIRST_BYTES.max(2 * self.filled));
+            let full = self.filled == self.buffer.len();
+            let room = if full { FIRST_BYTES.max(2 * self.filled) } else { self.buffer.len() };
+            let goal = target.min(room);
             if self.buffer.len() < goal {
                 self.buffer.reserve_exact(goal - self.buffer.len());
                 self.buffer.resize(goal, 0);

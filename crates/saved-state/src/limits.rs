@@ -36,6 +36,10 @@ pub const MAX_CONTEXT_BYTES: usize = 64 << 10;
 /// Most bytes that a device, or a driver, saves with one packet.
 pub const MAX_OWN_STATE_BYTES: usize = 1 << 20;
 
+/// Bytes that a [`ChunkInput`](crate::input::ChunkInput) allocates at most, for each byte that came of the
+/// chunk at hand; or 4096, if that is more.
+pub const INPUT_BYTES_PER_BYTE: usize = 3;
+
 /// Bytes that reading a file's contents stream allocates at most, for each byte of it.
 pub const CONTENTS_BYTES_PER_BYTE: usize = 8;
 

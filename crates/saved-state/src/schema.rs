@@ -17,8 +17,8 @@ pub struct Field {
     pub name: &'static str,
     /// What it holds.
     pub shape: Shape,
-    /// Whether the record makes no sense without it. (An absent field is otherwise 0, `false` or
-    /// empty.)
+    /// Whether the record makes no sense without it, and so not with 0 or nothing in it, either. (An
+    /// absent field is otherwise 0, `false` or empty.)
     pub required: bool,
     /// The first version of the record whose readers know it, where older ones must not skip it;
     /// else 1.
@@ -173,6 +173,21 @@ pub enum Value<'a> {
     Guid(Guid),
 }
 
+impl Value<'_> {
+    /// Whether it is what an absent field stands for.
+    #[inline]
+    fn is_default(&self) -> bool {
+        match *self {
+            Self::Bool(value) => !value,
+            Self::Uint32(value) | Self::Enum { number: value, .. } => value == 0,
+            Self::Uint64(value) => value == 0,
+            Self::Bytes(bytes) => bytes.is_empty(),
+            Self::Text(text) => text.is_empty(),
+            Self::Guid(guid) => guid == Guid::ZERO,
+        }
+    }
+}
+
 /// Bytes that are shown of [`Value::Bytes`].
 const SHOWN_BYTES: usize = 32;
 
@@ -274,10 +289,10 @@ impl<'a> Iterator for Fields<'a> {
         };
         match field.check(raw) {
             Ok(value) => {
-                // An enumeration's 0 says as little as its absence.
-                if !matches!(value, Value::Enum { number: 0, .. }) {
-                    self.seen |= 1 << place;
-                }
+                // Writers leave it out then: what says no more than its absence is taken for that.
+                // The last one counts.
+                self.seen &= !(1 << place);
+                self.seen |= u64::from(!value.is_default()) << place;
                 Some(Ok(Found { number, field: Some(field), value }))
             }
             Err(problem) => {

@@ -2,9 +2,9 @@
 
 use saved_state::inspect::ALL_KINDS;
 use saved_state::limits::{
-    CONTENTS_BYTES_PER_BYTE, DECODED_BYTES_PER_BYTE, MAX_CHUNK_BYTES, MAX_CHUNKS,
-    MAX_CONTEXT_BYTES, MAX_HEADER_BYTES, MAX_KINDS, MAX_NAME_BYTES, MAX_OWN_STATE_BYTES,
-    MAX_PACKET_BYTES, MAX_PRODUCER_BYTES, MAX_STREAM_NAME_BYTES, MAX_STREAMS,
+    CONTENTS_BYTES_PER_BYTE, DECODED_BYTES_PER_BYTE, INPUT_BYTES_PER_BYTE, MAX_CHUNK_BYTES,
+    MAX_CHUNKS, MAX_CONTEXT_BYTES, MAX_HEADER_BYTES, MAX_KINDS, MAX_NAME_BYTES,
+    MAX_OWN_STATE_BYTES, MAX_PACKET_BYTES, MAX_PRODUCER_BYTES, MAX_STREAM_NAME_BYTES, MAX_STREAMS,
 };
 use saved_state::{FormatVersion, RecordKind};
 
@@ -32,6 +32,7 @@ fn limits_are_those_of_the_crate() {
     has(format!("| streams in a file | {MAX_STREAMS}, without"));
     has(format!("| name of a stream in a file | {MAX_STREAM_NAME_BYTES} bytes |"));
     has(format!("its list: {CONTENTS_BYTES_PER_BYTE} bytes per byte of the first stream"));
+    has(format!("one chunk: {INPUT_BYTES_PER_BYTE} bytes per byte of it that came"));
     has(format!("saves with a packet | {} MiB |", MAX_OWN_STATE_BYTES >> 20));
     has(format!("{DECODED_BYTES_PER_BYTE} bytes per byte of the chunk"));
     has(format!("| 80 | {MAX_PRODUCER_BYTES} | producer |"));

@@ -10,13 +10,17 @@ use saved_state::channel::{
     CHANNEL, ChannelRecord, INCOMING_PACKET, IncomingPacketRecord, KINDS, OUTGOING_PACKET,
     OutgoingPacketRecord,
 };
+use saved_state::contents::{ContentsRecord, FIRST_KINDS, StreamEntryRecord};
+use saved_state::file::{FileReader, check};
+use saved_state::input::ChunkInput;
 use saved_state::inspect::{ALL_KINDS, inspect};
-use saved_state::limits::DECODED_BYTES_PER_BYTE;
+use saved_state::limits::{CONTENTS_BYTES_PER_BYTE, DECODED_BYTES_PER_BYTE, INPUT_BYTES_PER_BYTE};
 use saved_state::storage::{DISK_IDENTITY, DiskIdentityRecord, STORAGE_REQUEST};
-use saved_state::testing::{Handmade, chunk};
-use saved_state::{Chunk, Decode, FormatVersion, StreamWriter};
+use saved_state::testing::{Handmade, chunk, chunk_ranges, stream_ranges};
+use saved_state::{Chunk, Decode, FormatVersion, StreamInfo, StreamKind, StreamWriter};
 
-use crate::records::{info, reader, save, small_state};
+use crate::file::small_file;
+use crate::records::{info, push, reader, save, small_state};
 
 struct Counting;
 
@@ -160,6 +164,75 @@ fn ten_gigabytes_claimed_in_ten_bytes_allocate_nothing() {
         assert_eq!(peak, 0);
         assert!(error.is_err(), "{kind}");
     }
+}
+
+#[test]
+fn a_chunk_takes_memory_as_it_comes() {
+    let state: Vec<_> = std::iter::repeat_n(small_state(), 20).flatten().collect();
+    let stream = save(info(), &state);
+    let second = chunk_ranges(&stream)[1].start;
+    for (claimed, came) in [(4 << 20, 10), (4 << 20, 5_000), (4 << 20, 100_000), (60_000, 60_000)] {
+        let mut cut = stream[..second].to_vec();
+        cut.extend(b"CHNK");
+        cut.extend((claimed as u32).to_le_bytes());
+        cut.resize(second + came, 0);
+        let (peak, chunks) = peak(|| {
+            let mut input = ChunkInput::new(&cut[..]);
+            let mut chunks = 0;
+            while let Ok(Some(_)) = input.next() {
+                chunks += 1;
+            }
+            chunks
+        });
+        assert_eq!(chunks, 1 + usize::from(claimed == came), "{claimed} claimed, {came} came");
+        let most = (INPUT_BYTES_PER_BYTE * came).max(4096);
+        assert!(peak <= most, "{peak} for {came} bytes, of {claimed} that were claimed");
+    }
+}
+
+#[test]
+fn a_list_of_streams_takes_memory_in_proportion() {
+    for (streams, name) in [(0, ""), (1, "one"), (1000, ""), (8192, ""), (8192, "network, 1")] {
+        let list = list_of(streams, name);
+        let (peak, entries) = peak(|| {
+            // What comes behind the list is missing: that is found later.
+            FileReader::new(&list[..]).map(|file| file.entries().len())
+        });
+        assert_eq!(entries.unwrap(), streams);
+        let most = CONTENTS_BYTES_PER_BYTE * list.len() + 4096;
+        assert!(peak <= most, "{peak} for {} bytes, {streams} streams", list.len());
+    }
+}
+
+/// A file's first stream, with as short entries as there can be.
+fn list_of(streams: usize, name: &str) -> Vec<u8> {
+    let info = StreamInfo { stream: StreamKind::CONTENTS, items: streams as u32, ..info() };
+    let mut writer = StreamWriter::new(FormatVersion::NEWEST, info, FIRST_KINDS).unwrap();
+    let mut list = Vec::new();
+    push(&mut list, |out| writer.header(out).unwrap());
+    let contents = ContentsRecord { streams: streams as u32 };
+    push(&mut list, |out| writer.record(&contents, out).unwrap());
+    for index in 0..streams as u32 {
+        let name = name.to_owned();
+        let entry = StreamEntryRecord { stream: 1, index, name, ..StreamEntryRecord::default() };
+        push(&mut list, |out| writer.record(&entry, out).unwrap());
+    }
+    push(&mut list, |out| writer.end(out).unwrap());
+    list
+}
+
+#[test]
+fn a_whole_file_is_checked_in_the_memory_of_its_list_and_a_chunk() {
+    let file = small_file();
+    let ranges = stream_ranges(&file);
+    let largest = ranges.iter().flat_map(|range| chunk_ranges(&file[range.clone()]));
+    let largest = largest.map(|chunk| chunk.len()).max().unwrap();
+    let (peak, checked) = peak(|| check(&file[..], ALL_KINDS).map(|entries| entries.len()));
+    assert_eq!(checked.unwrap(), 3);
+    let most = CONTENTS_BYTES_PER_BYTE * ranges[0].len()
+        + (INPUT_BYTES_PER_BYTE * largest).max(4096)
+        + 4096; // the header of the stream at hand, and the error there may be
+    assert!(peak <= most, "{peak}, at most {most}");
 }
 
 #[test]
