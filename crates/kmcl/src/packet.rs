@@ -295,6 +295,23 @@ impl Packet {
         self.body.as_deref_mut()
     }
 
+    /// The packet in the hands of one who has its body, for as long as that is put into it.
+    pub(crate) fn empty(channel: Channel) -> Self {
+        Self { body: None, channel }
+    }
+
+    pub(crate) fn put_body(&mut self, body: Box<PacketBody>) {
+        self.body = Some(body);
+    }
+
+    pub(crate) fn body(&self) -> Option<&PacketBody> {
+        self.body.as_deref()
+    }
+
+    pub(crate) fn take_body(&mut self) -> Option<Box<PacketBody>> {
+        self.body.take()
+    }
+
     pub(crate) fn into_body(mut self) -> Option<Box<PacketBody>> {
         self.body.take()
     }

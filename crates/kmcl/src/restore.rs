@@ -314,6 +314,8 @@ impl Channel {
                     count_one(sequence, record, found, channel.incoming_packets)?;
                     let packet: IncomingPacketRecord<'_> = chunk.decode()?;
                     check_incoming(&packet, &settings, sequence, &mut state.words)?;
+                    // This chunk is no longer among them; the next one, and all others, may be packets.
+                    state.incoming.expect(chunk.message().len() + chunks.len());
                     state.incoming.push(sequence, chunk.message());
                 }
                 (saved_state::channel::CHANNEL, None) => {

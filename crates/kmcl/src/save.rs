@@ -26,7 +26,7 @@ use crate::fenced::Fence;
 use crate::lifecycle::{ChannelState, Side};
 use crate::packet::{Packet, PacketBody};
 use crate::pool::{Body, External};
-use crate::traffic::{RingState, SavedPlace, Traffic};
+use crate::traffic::{LentPacket, RingState, SavedPlace, Traffic};
 use crate::waiting::Why;
 
 /// Most bytes that a driver keeps with an outgoing packet.
@@ -292,7 +292,7 @@ pub(crate) struct SaveState {
 }
 
 /// The chunk to write next.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Next {
     Header,
     Channel,
@@ -351,10 +351,11 @@ impl SaveState {
             return Err(ChannelSaveError::Over);
         }
         let callbacks = lock(&channel.shared.settings).save_restore.clone();
+        let mut lender = Lender::new(channel, callbacks.as_deref());
         let mut written = 0;
         loop {
             let room = buffer.get_mut(written..).unwrap_or_default();
-            match self.chunk(channel, callbacks.as_deref(), room) {
+            match self.chunk(&mut lender, room) {
                 Ok(Step::Written { bytes }) => written += bytes,
                 Ok(Step::Needs { bytes: needed }) => {
                     return Ok(SaveStep { written, needed, done: false });
@@ -374,23 +375,21 @@ impl SaveState {
     /// Writes the next chunk, or says what room it takes.
     fn chunk(
         &mut self,
-        channel: &Channel,
-        callbacks: Option<&dyn SaveRestorePacket>,
+        lender: &mut Lender<'_>,
         room: &mut [u8],
     ) -> Result<Step, ChannelSaveError> {
+        let channel = lender.channel;
         let (step, then) = loop {
             break match self.next {
                 Next::Header => (self.writer.header(room)?, Next::Channel),
                 Next::Channel => (self.writer.record(&self.record, room)?, Next::Outgoing(None)),
                 Next::Outgoing(after) => {
-                    let place = channel.traffic().next_saved(after, self.last_queued);
-                    let Some(place) = place else {
+                    if !lender.lend_next(after, self.last_queued) {
                         self.order = 0;
                         self.next = Next::Held(0);
                         continue;
-                    };
-                    let step = self.outgoing(channel, callbacks, place, room)?;
-                    (step, Next::Outgoing(Some(place)))
+                    }
+                    (self.outgoing(lender, room)?, Next::Outgoing(lender.place))
                 }
                 Next::Held(at) => match self.held(&channel.traffic(), at, room) {
                     Some(step) => (step?, Next::Held(at + 1)),
@@ -426,30 +425,19 @@ impl SaveState {
         Ok(step)
     }
 
-    fn outgoing(
-        &mut self,
-        channel: &Channel,
-        callbacks: Option<&dyn SaveRestorePacket>,
-        place: SavedPlace,
-        room: &mut [u8],
-    ) -> Result<Step, ChannelSaveError> {
-        match callbacks {
-            Some(callbacks) if self.asked != Some(place) => {
-                let lent = Lent::new(channel, place).ok_or(ChannelSaveError::Over)?;
-                if let Some(packet) = &lent.packet {
-                    ask(callbacks, channel, packet, &mut self.driver_state)?;
-                }
-                drop(lent);
-                self.asked = Some(place);
+    fn outgoing(&mut self, lender: &Lender<'_>, room: &mut [u8]) -> Result<Step, ChannelSaveError> {
+        match lender.callbacks {
+            Some(callbacks) if self.asked != lender.place => {
+                ask(callbacks, lender.channel, &lender.packet, &mut self.driver_state)?;
+                self.asked = lender.place;
             }
             Some(_) => {}
             None => self.driver_state.clear(), // D-24
         }
-        let traffic = channel.traffic();
-        let (id, packet) = traffic.saved_packet(place).ok_or(ChannelSaveError::Over)?;
+        let packet = lender.packet.body().ok_or(ChannelSaveError::Over)?;
         let record = OutgoingPacketRecord {
             order: self.order,
-            place: saved_place(id, packet),
+            place: saved_place(lender.id, packet),
             extension: packet.extension(),
             driver_state: &self.driver_state,
         };
@@ -571,26 +559,54 @@ fn ask(
     Ok(())
 }
 
-/// A packet in flight, lent to its driver for a look. Goes back to its place when dropped.
-struct Lent {
-    packet: Option<Packet>,
-    place: SavedPlace,
+/// Lends packets in flight to their driver, one at a time, for a look: no lock is held while it has one.
+/// Whoever has the lender has the right to step the channel, so that nothing comes for a packet that is
+/// lent.
+struct Lender<'a> {
+    channel: &'a Channel,
+    callbacks: Option<&'a dyn SaveRestorePacket>,
+    /// The one that is lent, in the shape in which its driver knows it.
+    packet: Packet,
+    place: Option<SavedPlace>,
+    id: Option<u64>,
+    /// Keeps a place that cannot be empty.
+    stand_in: Option<Box<PacketBody>>,
 }
 
-impl Lent {
-    fn new(channel: &Channel, place: SavedPlace) -> Option<Self> {
-        let body = channel.traffic().lend(place)?;
-        Some(Self { packet: Some(Packet::new(body, channel.clone())), place })
+impl<'a> Lender<'a> {
+    fn new(channel: &'a Channel, callbacks: Option<&'a dyn SaveRestorePacket>) -> Self {
+        Self {
+            channel,
+            callbacks,
+            packet: Packet::empty(channel.clone()),
+            place: None,
+            id: None,
+            stand_in: Some(Box::new(PacketBody::new(0))),
+        }
+    }
+
+    /// Takes the next one, up to number `last` of those that are queued, and puts the one before back.
+    fn lend_next(&mut self, after: Option<SavedPlace>, last: u64) -> bool {
+        let mut traffic = self.channel.traffic();
+        self.put_back(&mut traffic);
+        let Some(lent) = traffic.lend_next(after, last, &mut self.stand_in) else { return false };
+        let LentPacket { place, id, body } = lent;
+        (self.place, self.id) = (Some(place), id);
+        self.packet.put_body(body);
+        true
+    }
+
+    fn put_back(&mut self, traffic: &mut Traffic) {
+        if let (Some(place), Some(body)) = (self.place.take(), self.packet.take_body()) {
+            traffic.put_back(place, body, &mut self.stand_in);
+        }
     }
 }
 
-impl Drop for Lent {
+impl Drop for Lender<'_> {
     fn drop(&mut self) {
-        let Some(packet) = self.packet.take() else { return };
-        let channel = packet.channel().clone();
-        if let Some(body) = packet.into_body() {
-            channel.traffic().put_back(self.place, body);
-        }
+        let channel = self.channel;
+        self.put_back(&mut channel.traffic());
     }
 }
 

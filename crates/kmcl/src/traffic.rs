@@ -21,7 +21,7 @@ use crate::waiting::Waiting;
 
 mod still;
 
-pub(crate) use still::{ResumeError, RingState, SavedPlace};
+pub(crate) use still::{LentPacket, ResumeError, RingState, SavedPlace};
 
 /// Why the receiver got no body for the next packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

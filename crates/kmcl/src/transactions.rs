@@ -179,26 +179,31 @@ impl Transactions {
         slots.filter(|packet| is_saved(packet)).count() + self.restored.len()
     }
 
-    /// The packet at a place, and the id of its transaction.
-    pub(crate) fn packet(&self, place: Place) -> Option<(u64, &PacketBody)> {
+    /// Lends the packet at a place to its driver, with the id of its transaction; the place is kept for
+    /// [`Self::put_back`], if need be by `stand_in`.
+    pub(crate) fn lend(
+        &mut self,
+        place: Place,
+        stand_in: &mut Option<Box<PacketBody>>,
+    ) -> Option<(u64, Box<PacketBody>)> {
         match place {
             Place::Slot(slot) => {
-                let packet = self.slots.get(slot as usize)?.packet.as_ref()?;
+                let packet = self.slots.get_mut(slot as usize)?.packet.take()?;
                 Some((self.id(slot), packet))
             }
-            Place::Restored(id) => self.restored.get(&id).map(|packet| (id, &**packet)),
+            Place::Restored(id) => {
+                let packet = self.restored.get_mut(&id)?;
+                Some((id, std::mem::replace(packet, stand_in.take()?)))
+            }
         }
     }
 
-    /// Lends a packet to its driver; the place is kept for [`Self::put_back`].
-    pub(crate) fn lend(&mut self, place: Place) -> Option<Box<PacketBody>> {
-        match place {
-            Place::Slot(slot) => self.slots.get_mut(slot as usize)?.packet.take(),
-            Place::Restored(id) => self.restored.remove(&id),
-        }
-    }
-
-    pub(crate) fn put_back(&mut self, place: Place, packet: Box<PacketBody>) {
+    pub(crate) fn put_back(
+        &mut self,
+        place: Place,
+        packet: Box<PacketBody>,
+        stand_in: &mut Option<Box<PacketBody>>,
+    ) {
         match place {
             Place::Slot(slot) => {
                 if let Some(slot) = self.slots.get_mut(slot as usize) {
@@ -206,7 +211,9 @@ impl Transactions {
                 }
             }
             Place::Restored(id) => {
-                self.restored.insert(id, packet);
+                if let Some(place) = self.restored.get_mut(&id) {
+                    *stand_in = Some(std::mem::replace(place, packet));
+                }
             }
         }
     }

@@ -572,7 +572,7 @@ impl Busy {
                 continue;
             };
             turn += 1;
-            if self.freezing.load(Ordering::SeqCst) && turn % 3 != 0 {
+            if self.freezing.load(Ordering::SeqCst) && !turn.is_multiple_of(3) {
                 let payload = packet.payload().to_vec();
                 match packet.never_started().hand_over(&payload) {
                     Ok(()) => continue,

@@ -501,7 +501,8 @@ fn only_the_bytes_of_the_callback_restore_a_packet() {
         }
         let mut packet = mine();
         packet.set_completion_routine(Arc::clone(&keeper.answers) as _);
-        packet.restore(&lib.to_vec()).unwrap(); // a copy will do
+        let copy = lib.to_vec();
+        packet.restore(&copy).unwrap();
         assert_eq!(refused(mine(), lib), NtStatus::INVALID_PARAMETER_2, "a second time");
         Ok(())
     });

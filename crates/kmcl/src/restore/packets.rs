@@ -24,6 +24,11 @@ pub(crate) struct Incoming {
 }
 
 impl Incoming {
+    /// As many bytes are there for it: they are not copied again and again.
+    pub(super) fn expect(&mut self, bytes: usize) {
+        self.bytes.reserve(bytes);
+    }
+
     pub(super) fn push(&mut self, chunk: u32, message: &[u8]) {
         self.bytes.extend_from_slice(message);
         self.ends.push((self.bytes.len(), chunk));

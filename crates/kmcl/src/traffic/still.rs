@@ -10,13 +10,30 @@ use crate::pool::Body;
 use crate::transactions::{Place, is_saved};
 use crate::waiting::Waiting;
 
-/// A packet that is being looked at by its driver, and where it belongs.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+/// Where a packet is that a save comes by.
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum SavedPlace {
     /// In flight.
     InFlight(Place),
-    /// Queued, with this number.
-    Queued(u64),
+    /// Queued with this number, and last seen there.
+    Queued { number: u64, at: usize },
+}
+
+impl PartialEq for SavedPlace {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::InFlight(place), Self::InFlight(other)) => place == other,
+            (Self::Queued { number, .. }, Self::Queued { number: other, .. }) => number == other,
+            _ => false,
+        }
+    }
+}
+
+/// A packet lent to its driver for a look: where it belongs, and its id if it is in flight.
+pub(crate) struct LentPacket {
+    pub(crate) place: SavedPlace,
+    pub(crate) id: Option<u64>,
+    pub(crate) body: Box<PacketBody>,
 }
 
 /// What a channel's outgoing ring is like, for a saved state.
@@ -116,65 +133,73 @@ impl Traffic {
         self.queued
     }
 
-    /// The next packet to save: those in flight, then those that are queued, up to number `last`.
-    pub(crate) fn next_saved(&self, after: Option<SavedPlace>, last: u64) -> Option<SavedPlace> {
+    /// Lends the next packet that is saved: of those in flight, then of those that are queued, up to
+    /// number `last`. `stand_in` keeps its place until [`Self::put_back`].
+    pub(crate) fn lend_next(
+        &mut self,
+        after: Option<SavedPlace>,
+        last: u64,
+        stand_in: &mut Option<Box<PacketBody>>,
+    ) -> Option<LentPacket> {
+        let place = self.next_saved(after, last)?;
+        match place {
+            SavedPlace::InFlight(within) => {
+                let (id, body) = self.transactions.lend(within, stand_in)?;
+                Some(LentPacket { place, id: Some(id), body })
+            }
+            SavedPlace::Queued { number, at } => {
+                let slot = self.queue.get_mut(at)?;
+                let mut stand_in = stand_in.take()?;
+                stand_in.queued = number;
+                let body = std::mem::replace(slot, stand_in);
+                Some(LentPacket { place, id: None, body })
+            }
+        }
+    }
+
+    fn next_saved(&self, after: Option<SavedPlace>, last: u64) -> Option<SavedPlace> {
         let in_flight = match after {
             None => self.transactions.next_saved(None),
             Some(SavedPlace::InFlight(place)) => self.transactions.next_saved(Some(place)),
-            Some(SavedPlace::Queued(_)) => None,
+            Some(SavedPlace::Queued { .. }) => None,
         };
         in_flight.map(SavedPlace::InFlight).or_else(|| {
-            let after = match after {
-                Some(SavedPlace::Queued(number)) => number,
+            let from = match after {
+                Some(SavedPlace::Queued { number, at }) if self.is_queued(number, at) => at + 1,
+                Some(SavedPlace::Queued { number, .. }) => {
+                    self.queue.partition_point(|packet| packet.queued <= number)
+                }
                 _ => 0,
             };
-            let from = self.queue.partition_point(|packet| packet.queued <= after);
-            let mut rest = self.queue.range(from..).filter(|packet| is_saved(packet));
-            let number = rest.next()?.queued;
-            (number <= last).then_some(SavedPlace::Queued(number))
+            let mut rest = self.queue.range(from..).zip(from..);
+            let (packet, at) = rest.find(|(packet, _)| is_saved(packet))?;
+            (packet.queued <= last).then_some(SavedPlace::Queued { number: packet.queued, at })
         })
     }
 
-    /// The packet at a place, with the id of its transaction if it is in flight.
-    pub(crate) fn saved_packet(&self, place: SavedPlace) -> Option<(Option<u64>, &PacketBody)> {
+    pub(crate) fn put_back(
+        &mut self,
+        place: SavedPlace,
+        packet: Box<PacketBody>,
+        stand_in: &mut Option<Box<PacketBody>>,
+    ) {
         match place {
-            SavedPlace::InFlight(place) => {
-                self.transactions.packet(place).map(|(id, packet)| (Some(id), packet))
-            }
-            SavedPlace::Queued(number) => {
-                self.queue.get(self.queued_at(number)?).map(|packet| (None, &**packet))
-            }
-        }
-    }
-
-    /// Lends a packet to its driver, until [`Self::put_back`].
-    pub(crate) fn lend(&mut self, place: SavedPlace) -> Option<Box<PacketBody>> {
-        match place {
-            SavedPlace::InFlight(place) => self.transactions.lend(place),
-            SavedPlace::Queued(number) => {
-                let at = self.queued_at(number)?;
-                let slot = self.queue.get_mut(at)?;
-                let mut stand_in = Box::new(PacketBody::new(0));
-                stand_in.queued = number;
-                Some(std::mem::replace(slot, stand_in))
-            }
-        }
-    }
-
-    pub(crate) fn put_back(&mut self, place: SavedPlace, packet: Box<PacketBody>) {
-        match place {
-            SavedPlace::InFlight(place) => self.transactions.put_back(place, packet),
-            SavedPlace::Queued(number) => {
-                let at = self.queued_at(number);
+            SavedPlace::InFlight(place) => self.transactions.put_back(place, packet, stand_in),
+            SavedPlace::Queued { number, at } => {
+                let at = match self.is_queued(number, at) {
+                    true => Some(at),
+                    false => self.queue.binary_search_by_key(&number, |it| it.queued).ok(),
+                };
                 if let Some(slot) = at.and_then(|at| self.queue.get_mut(at)) {
-                    *slot = packet;
+                    *stand_in = Some(std::mem::replace(slot, packet));
                 }
             }
         }
     }
 
-    fn queued_at(&self, number: u64) -> Option<usize> {
-        self.queue.binary_search_by_key(&number, |packet| packet.queued).ok()
+    /// Sends may be withdrawn from the queue's middle: a place in it is only where to look first.
+    fn is_queued(&self, number: u64, at: usize) -> bool {
+        self.queue.get(at).is_some_and(|packet| packet.queued == number)
     }
 
     /// Puts what waits into the order of delivery.
