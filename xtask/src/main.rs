@@ -4,6 +4,7 @@
 
 mod bench;
 mod docs;
+mod fuzz;
 mod readme;
 mod run;
 mod test;
@@ -45,6 +46,17 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         save: Option<PathBuf>,
     },
+    /// Run the fuzz targets, one after the other
+    Fuzz {
+        /// Run this target alone
+        target: Option<String>,
+        /// How long each one runs, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        time: u32,
+        /// Add inputs that reach new code to the corpora under fuzz/corpus
+        #[arg(long)]
+        keep: bool,
+    },
     /// Build the API documentation, the man page and the shell completions, all below target/
     Docs,
 }
@@ -60,6 +72,8 @@ fn main() -> ExitCode {
         }
         Command::Bench { package, save } => Workspace::load()
             .and_then(|workspace| bench::run(&workspace, &package, save.as_deref())),
+        Command::Fuzz { target, time, keep } => Workspace::load()
+            .and_then(|workspace| fuzz::fuzz(&workspace, target.as_deref(), time, keep)),
         Command::Docs => Workspace::load().and_then(|workspace| docs::build(&workspace)),
     };
     match outcome {

@@ -56,7 +56,8 @@ impl Workspace {
         std::fs::read_to_string(&path).map_err(|source| Failure::File { path, source })
     }
 
-    fn path(&self, path: &str) -> PathBuf {
+    /// A path from the root.
+    pub(crate) fn path(&self, path: &str) -> PathBuf {
         self.root().join(path)
     }
 }

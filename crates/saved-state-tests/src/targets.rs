@@ -1,0 +1,294 @@
+//! What is fuzzed: one function for each decoder, given any bytes.
+//!
+//! Each checks what has to hold whatever the bytes: an error and no panic, nothing left behind by a
+//! restore that failed, and the same state again from one that did not.
+
+use std::cell::RefCell;
+use std::io::Read as _;
+
+use kmcl::ChannelState;
+use saved_state::bus::{
+    BUS_CHANNEL, BUS_CONNECTION, BUS_GPADL, BUS_HOST, BUS_HVSOCK, BUS_MESSAGE, BUS_RAM,
+    BusChannelRecord, BusConnectionRecord, BusGpadlRecord, BusHostRecord, BusHvsockRecord,
+    BusMessageRecord, BusRamRecord,
+};
+use saved_state::channel::{
+    CHANNEL, ChannelRecord, INCOMING_PACKET, IncomingPacketRecord, OUTGOING_PACKET,
+    OutgoingPacketRecord,
+};
+use saved_state::contents::{
+    CONTENTS, ContentsRecord, STREAM_ENTRY, STREAM_SUM, StreamEntryRecord, StreamSumRecord,
+};
+use saved_state::end::{END, EndRecord};
+use saved_state::file::{FileReader, check};
+use saved_state::input::ChunkInput;
+use saved_state::inspect::{ALL_KINDS, PacketRow, Sizes, What, inspect, inspect_file};
+use saved_state::storage::{
+    DISK_IDENTITY, DiskIdentityRecord, STORAGE, STORAGE_REQUEST, StorageRecord,
+    StorageRequestRecord,
+};
+use saved_state::transport::{TRANSPORT, TRANSPORT_REGION, TransportRecord, TransportRegionRecord};
+use saved_state::{Decode, Encode, StreamHeader, StreamReader, bare};
+use vmbus_host::{Host, HostRestore};
+
+use crate::channel::{self, Server, Setup};
+use crate::guest::{Rings, Standing};
+use crate::mutate;
+
+/// A target of the fuzzer.
+pub struct Target {
+    /// Its name, and that of its corpus.
+    pub name: &'static str,
+    /// What is done with the bytes.
+    pub run: fn(&[u8]),
+    /// How they are changed.
+    pub mutate: fn(&mut [u8], usize, u32, mutate::Raw<'_>) -> usize,
+}
+
+/// All of them.
+pub const TARGETS: &[Target] = &[
+    Target { name: "file", run: file, mutate: mutate::mutate },
+    Target { name: "stream", run: stream, mutate: mutate::mutate },
+    Target { name: "record", run: record, mutate: mutate::mutate_message },
+    Target { name: "channel", run: channel, mutate: mutate::mutate },
+    Target { name: "bus", run: bus, mutate: mutate::mutate },
+    Target { name: "round_trip", run: round_trip, mutate: mutate::mutate },
+];
+
+/// A whole file: read, checked, and walked through.
+pub fn file(data: &[u8]) {
+    let checked = check(data, ALL_KINDS);
+    let mut at = 0;
+    let mut damage = None;
+    let mut sizes = Sizes::default();
+    for found in inspect_file(data, ALL_KINDS) {
+        assert_eq!(found.piece.offset, at);
+        at += found.piece.length;
+        if let What::Record(record) = &found.piece.what {
+            let shown: usize =
+                record.fields.clone().flatten().map(|it| it.value.to_string().len()).sum();
+            assert!(shown < 1 << 23);
+            if let Some(own) = PacketRow::of(record).and_then(|row| row.own_record()) {
+                assert!(own.fields.flatten().count() < 1 << 20);
+            }
+        }
+        sizes.add(&found.piece);
+        damage = damage.or(found.piece.damage.map(|it| it.to_string()));
+        damage = damage.or(found.misplaced.map(|it| it.to_string()));
+    }
+    assert_eq!(at, data.len() as u64);
+    assert_eq!(sizes.rows().iter().map(|row| row.bytes).sum::<u64>(), at);
+    if checked.is_ok() {
+        assert_eq!(damage, None, "a file that is whole");
+    }
+    let Ok(mut reader) = FileReader::new(data) else { return };
+    while let Ok(Some(mut stream)) = reader.next_stream() {
+        let offset = usize::try_from(stream.offset()).unwrap();
+        let mut bytes = Vec::new();
+        let _cut_or_whole = stream.read_to_end(&mut bytes);
+        assert!(data[offset..].starts_with(&bytes));
+    }
+    let finished = reader.finish();
+    assert!(finished.is_ok() || checked.is_err(), "{finished:?}");
+}
+
+/// One stream of any kind: read, and walked through.
+pub fn stream(data: &[u8]) {
+    let header = StreamHeader::read(data);
+    let mut whole = false;
+    if let Ok(header) = &header {
+        let mut reader = StreamReader::new(header.info.stream, ALL_KINDS);
+        let mut input = data;
+        let read = loop {
+            match reader.read(&mut input) {
+                Ok(Some(chunk)) => {
+                    if chunk.check().is_err() {
+                        break false;
+                    }
+                }
+                Ok(None) => break reader.finish().is_ok(),
+                Err(error) => {
+                    assert!(!error.to_string().is_empty());
+                    break false;
+                }
+            }
+        };
+        whole = read;
+    }
+    let mut at = 0;
+    let mut damaged = false;
+    for piece in inspect(data, ALL_KINDS) {
+        assert_eq!(piece.offset, at);
+        at += piece.length;
+        damaged |= piece.damage.is_some();
+    }
+    assert_eq!(at, data.len() as u64);
+    assert!(!whole || !damaged, "a stream that is whole");
+    let mut chunks = ChunkInput::new(data);
+    let mut at = 0;
+    while let Ok(Some(chunk)) = chunks.next() {
+        assert_eq!(*chunk, data[at..at + chunk.len()]);
+        at += chunk.len();
+    }
+    assert!(!whole || chunks.is_complete());
+}
+
+/// A message of the kind that the first byte says: what is decoded can be written, and is the same then.
+pub fn record(data: &[u8]) {
+    let Some((&number, message)) = data.split_first() else { return };
+    let info = ALL_KINDS[usize::from(number) % ALL_KINDS.len()];
+    let checked = (info.check)(message).is_ok();
+    // What is decoded is what is checked; and it is the same once it was written again.
+    macro_rules! again {
+        ($($kind:ident: $record:ty),* $(,)?) => {
+            match info.kind {
+                $($kind => match <$record as Decode<'_>>::decode(message) {
+                    Ok(record) => {
+                        assert!(checked, "decoded, and not checked: {record:?}");
+                        let mut bytes = vec![0; Encode::encoded_len(&record)];
+                        Encode::encode(&record, &mut bytes).unwrap();
+                        assert_eq!(<$record as Decode<'_>>::decode(&bytes), Ok(record));
+                    }
+                    Err(why) => assert!(!checked, "checked, and not decoded: {why}"),
+                },)*
+                kind => panic!("no record for kind {kind}"),
+            }
+        };
+    }
+    again! {
+        END: EndRecord,
+        CONTENTS: ContentsRecord,
+        STREAM_ENTRY: StreamEntryRecord,
+        STREAM_SUM: StreamSumRecord,
+        CHANNEL: ChannelRecord,
+        OUTGOING_PACKET: OutgoingPacketRecord<'_>,
+        INCOMING_PACKET: IncomingPacketRecord<'_>,
+        BUS_HOST: BusHostRecord,
+        BUS_RAM: BusRamRecord,
+        BUS_CONNECTION: BusConnectionRecord,
+        BUS_CHANNEL: BusChannelRecord<'_>,
+        BUS_GPADL: BusGpadlRecord<&[u8]>,
+        BUS_HVSOCK: BusHvsockRecord,
+        BUS_MESSAGE: BusMessageRecord<'_>,
+        STORAGE: StorageRecord,
+        DISK_IDENTITY: DiskIdentityRecord,
+        STORAGE_REQUEST: StorageRequestRecord,
+        TRANSPORT: TransportRecord,
+        TRANSPORT_REGION: TransportRegionRecord,
+    }
+    let _refused_or_not = bare::decode::<StorageRequestRecord>(message);
+}
+
+// ---- Channels -------------------------------------------------------------------------------------------
+
+/// A channel that waits for a state. One that has refused a state is as it was, and takes the next one.
+struct Waiting {
+    server: Server,
+    rings: Option<Rings>,
+    setup: (Setup, Standing),
+}
+
+std::thread_local! {
+    static WAITING: RefCell<Option<Waiting>> = const { RefCell::new(None) };
+}
+
+/// Setups that a channel may ask for: as large as a fuzzer can afford.
+fn setup_of(data: &[u8]) -> Option<(Setup, Standing)> {
+    let mut input = data;
+    let header = StreamHeader::read(data).ok()?;
+    let mut reader = StreamReader::new(header.info.stream, saved_state::channel::KINDS);
+    let record = reader.read(&mut input).ok()??.decode().ok();
+    let record: ChannelRecord = record?;
+    let own = Setup::of(&record);
+    let usual = Setup { pipe: record.pipe, ..Setup::default() };
+    let pages = 2..=33;
+    let setup = Setup {
+        packets: if own.packets <= 512 { own.packets.max(1) } else { usual.packets },
+        pages: if pages.contains(&own.pages.0) && pages.contains(&own.pages.1) {
+            own.pages
+        } else {
+            usual.pages
+        },
+        external: if record.pipe { (0, 0) } else { usual.external },
+        ..usual
+    };
+    let index = |index: u32, pages: u32| if index < (pages - 1) * 4096 { index / 8 * 8 } else { 0 };
+    let standing = Standing {
+        read_index: index(record.read_index, setup.pages.0),
+        write_index: index(record.write_index, setup.pages.1),
+        resumed: true,
+    };
+    Some((setup, standing))
+}
+
+/// Restores `data` into a channel that is open, or was not opened; `act` is done with one that took it.
+fn restore_into_a_channel(data: &[u8], act: impl FnOnce(&Server, Rings, &[u8])) {
+    let setup = setup_of(data).unwrap_or_default();
+    let kept = WAITING.take().filter(|waiting| waiting.setup == setup);
+    let Waiting { server, rings, setup } = kept.unwrap_or_else(|| {
+        let server = Server::new(setup.0);
+        let rings = Some(server.open(setup.1));
+        Waiting { server, rings, setup }
+    });
+    let before = server.channel.state();
+    assert_eq!(before, ChannelState::Paused);
+    let mut rest = data;
+    match server.channel.restore_from(&mut rest) {
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            server.assert_untouched(before);
+            drop(server.take_ended()); // packets restored by a part of it were cancelled
+            WAITING.set(Some(Waiting { server, rings, setup }));
+        }
+        Ok(()) => {
+            act(&server, rings.unwrap(), &data[..data.len() - rest.len()]);
+            server.assert_ends();
+        }
+    }
+}
+
+/// A channel's state: what a channel takes goes on, and ends without anything left.
+pub fn channel(data: &[u8]) {
+    restore_into_a_channel(data, |server, mut rings, _| {
+        server.channel.start();
+        server.run();
+        for taken in rings.take() {
+            if taken.wants_completion {
+                rings.complete(taken.transaction_id, b"done");
+            }
+        }
+        server.run();
+        drop(server.take_resumed());
+    });
+}
+
+/// What a channel takes, it saves again as the same.
+pub fn round_trip(data: &[u8]) {
+    restore_into_a_channel(data, |server, _rings, state| {
+        let saved = server.save();
+        let (before, after) = (channel::parts(state).unwrap(), channel::parts(&saved).unwrap());
+        channel::assert_same(&before, &after);
+    });
+}
+
+// ---- Buses ----------------------------------------------------------------------------------------------
+
+/// A bus's state: what a host takes, it saves again, and what that gives is the same host.
+pub fn bus(data: &[u8]) {
+    let whole = Host::restore(data);
+    // Chunk by chunk it is the same.
+    let mut restore = HostRestore::new();
+    let mut input = ChunkInput::new(data);
+    let mut fed = Ok(());
+    while let (Ok(()), Ok(Some(chunk))) = (&fed, input.next()) {
+        fed = restore.feed(chunk);
+    }
+    match (whole, fed.and_then(|()| restore.finish())) {
+        (Ok(host), Ok(again)) => {
+            assert_eq!(host, again);
+            crate::bus::assert_goes_on(data);
+        }
+        (Err(error), _) => assert!(!error.to_string().is_empty()),
+        (Ok(_), Err(error)) => panic!("whole, and not chunk by chunk: {error}"),
+    }
+}

@@ -1,0 +1,17 @@
+//! What is restored is what was saved: saved again it says the same.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at its first surprise")]
+
+use saved_state_tests::channel::{assert_same, parts, restore};
+use saved_state_tests::golden::STATES;
+
+#[test]
+fn a_channel_that_was_restored_saves_what_it_was_restored_from() {
+    for golden in STATES.iter().filter(|golden| !golden.name.starts_with("bus")) {
+        println!("{}", golden.name);
+        let state = (golden.make)();
+        let (server, _rings) = restore(&state).unwrap();
+        let again = server.save();
+        assert_same(&parts(&state).unwrap(), &parts(&again).unwrap());
+    }
+}
