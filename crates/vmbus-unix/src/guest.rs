@@ -68,7 +68,8 @@ pub enum GuestEvent {
     Bus(ConnectionEvent),
     /// The host's process has gone away. Channels stay as they are; the guest looks for another one.
     LinkLost,
-    /// Another host goes on with the connection.
+    /// Another host has taken the connection over. It goes on as soon as its devices are there; should
+    /// that fail, the link is lost once more.
     Resumed {
         /// How long there was none.
         after: Duration,

@@ -30,6 +30,11 @@
 //! From then on each side writes to the other's eventfd: no frame, and no third thread, is between
 //! a packet and whoever waits for it.
 //!
+//! # Moving a server
+//!
+//! A host can be held, saved, and its process killed; another process goes on with the same guest, whose
+//! channels stay open and notice nothing. [`resume`] says how, and why nothing is lost.
+//!
 //! # What a peer can do
 //!
 //! Every frame and descriptor is checked; one that breaks the rules ends the connection, with a
@@ -46,13 +51,15 @@
 //!   disconnected. The device then looks at its rings for nothing.
 //! - A guest's memory is made when it is first touched, by whoever touches it. A device that fills
 //!   a buffer makes this process pay for it; [`HostOptions::max_memory_bytes`] is the bound.
+//! - A guest can go on with an old state of its connection, if somebody restores one, by saying that it is
+//!   where that state is. What it gets is a host that knows less of it than it does of itself.
 //!
 //! # What is bounded
 //!
 //! One guest at a time; [`MAX_HANDSHAKES`] processes that have not introduced themselves, each for
 //! [`HostOptions::handshake_timeout`]; one post of the guest on its way, whose answer must be taken
 //! before the next is read; a message of the host waits in the bus ([`vmbus_host::limits`]) until
-//! the socket takes it; descriptors of the guest, one per channel.
+//! the socket takes it; descriptors of the guest, one per channel, also of one that comes back.
 
 #![forbid(unsafe_code)]
 

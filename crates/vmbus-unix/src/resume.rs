@@ -19,6 +19,47 @@
 //!                                                 └──────────lost, busy───────┘
 //! ```
 //!
+//! # How a server moves
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use kmcl::{Save, SaveOptions};
+//! use vmbus_unix::{HostOptions, RestoringHost, UnixHost};
+//!
+//! # fn devices(_: &vmbus_host::HostBus) {}
+//! # fn keep(_: &[u8], _: &[u8]) {}
+//! # fn save(host: UnixHost) -> Result<(), Box<dyn std::error::Error>> {
+//! // The process that is about to end:
+//! let held = host.hold()?;
+//! // … freezes its channels, waits until none has a packet running, and saves them as well …
+//! let (mut transport, mut bus) = (Vec::new(), Vec::new());
+//! held.save(&SaveOptions::default())?.write_to(&mut transport)?;
+//! held.bus().save(&SaveOptions::default())?.write_to(&mut bus)?;
+//! keep(&transport, &bus);
+//! // … and is killed; or has the channels and the host move away; or releases the host, and thaws
+//! // the channels after that.
+//! held.move_away();
+//! # Ok(())
+//! # }
+//! # fn restore(transport: &[u8], bus: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
+//! // The process that takes its place:
+//! let path = "/run/vmbus";
+//! let restoring = UnixHost::bind_restoring(path, HostOptions::default(), transport, bus)?;
+//! devices(restoring.bus()); // make their offers, and are restored
+//! if !restoring.drive_until_back(Duration::from_secs(5))? {
+//!     return Err("the guest has not come back".into());
+//! }
+//! let host = restoring.finish()?;
+//! // … and starts the channels.
+//! # drop(host);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The guest asks for it when it connects: [`GuestOptions::reconnect`](crate::GuestOptions::reconnect). A
+//! guest that does not, and a host that cannot, end with each other as ever.
+//!
 //! # On the wire
 //!
 //! ```text
@@ -46,6 +87,7 @@
 //! | host, saved | how many messages it has given | 1 number |
 //! | host, saved | name, epoch, which doorbells are in use, which files the guest's memory is | 256 bytes, 64 regions |
 //! | host's bus, saved | messages that the guest has not been given | [`vmbus_host::limits`] |
+//! | host that waits | processes that claim to be the guest, each with its doorbells | [`MAX_HANDSHAKES`](crate::MAX_HANDSHAKES), for [`HostOptions::handshake_timeout`](crate::HostOptions::handshake_timeout) |
 //!
 //! No frame is kept that was given to the socket.
 //!
@@ -65,6 +107,8 @@
 //!    a connection that no longer exists. So the epoch is raised *before* it goes on, in a file of which
 //!    the guest has a descriptor: that cannot wait, cannot be lost with the host, and is seen by
 //!    whoever asks later. A state is good for the epoch that it was saved in, and no other one.
+//!    The channels of a host go on after it, not before: what they put into the rings would come of a
+//!    state that is still good. So a host is released before its channels are thawed.
 //! 5. *A state is used once.* The process that goes on with it raises the epoch before anything comes
 //!    of it; one that fails before that leaves it good for the next try.
 //! 6. *Signals may be lost,* so the host rings every channel's doorbell once it goes on, and the guest

@@ -13,8 +13,6 @@ use zerocopy::IntoBytes;
 
 use crate::raw::*;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-
 /// A socket at a path, and nothing behind it but the test.
 pub(crate) struct Fake {
     pub(crate) socket: OwnedFd,

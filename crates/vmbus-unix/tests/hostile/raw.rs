@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -163,6 +164,18 @@ pub(crate) fn region(gpa: u64, len: u64, fd_offset: u64) -> HelloRegion {
 
 pub(crate) fn post(connection_id: u32, message: &[u8]) -> Vec<u8> {
     frame(Kind::Post as u32, connection_id, 0, &[message])
+}
+
+/// Longer than anything takes on a machine that is busy with other things: reached only by a fault.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Does something again and again until it says that it is done.
+#[track_caller]
+pub(crate) fn eventually(mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "not even after {PATIENCE:?}");
+    }
 }
 
 pub(crate) fn event() -> OwnedFd {

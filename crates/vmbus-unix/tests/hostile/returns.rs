@@ -11,7 +11,7 @@ use vmbus_unix::frame::{Greeting, Kind, RESUMABLE, ResumeClaim};
 use vmbus_unix::{ConnectionError, GuestEvent, GuestOptions, Reason, UnixGuest};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::hosts::{Fake, PATIENCE, connection_error};
+use crate::hosts::{Fake, connection_error};
 use crate::raw::*;
 
 const NAME: [u8; 16] = *b"\x01name of a guest";

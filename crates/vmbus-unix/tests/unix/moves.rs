@@ -283,9 +283,10 @@ fn bytes(mut save: impl Save) -> Vec<u8> {
 /// Steps that a whole life takes.
 fn life() -> usize {
     let mut world = World::new();
-    while !world.is_over() {
+    eventually(|| {
         world.step();
-    }
+        world.is_over()
+    });
     world.steps
 }
 
@@ -341,12 +342,11 @@ fn a_save_that_was_thrown_away_is_void() {
         (0..after).for_each(|_| world.step());
         drop(world.save_and_kill());
         let restoring = world.restoring(&stale);
-        let deadline = Instant::now() + PATIENCE;
-        while world.guest.lost().is_none() {
-            assert!(Instant::now() < deadline);
+        eventually(|| {
             restoring.drive().unwrap();
             world.guest.drive().unwrap();
-        }
+            world.guest.lost().is_some()
+        });
         let lost = world.guest.lost().unwrap();
         let refused = matches!(*lost, ConnectionError::Refused { reason: Reason::Stale, .. });
         assert!(refused && !restoring.guest_is_back(), "{before}, {after}: {lost}");
@@ -463,13 +463,14 @@ fn messages_that_wait_for_room_come_from_the_next_host() {
         connecting.join().unwrap()
     });
     // It asks for offers, and does not look at any.
-    while host.bus().usage().messages == 0 {
+    eventually(|| {
         assert_eq!(guest.bus().offers().len(), 0);
         host.drive().unwrap();
         if !matches!(guest.bus().state(), ConnectionState::Connected { .. }) {
             guest.drive().unwrap();
         }
-    }
+        host.bus().usage().messages > 0
+    });
     let waiting = host.bus().usage().messages;
     assert!(waiting > 100 && waiting < 1400, "{waiting}");
     let held = host.hold().unwrap();
@@ -484,17 +485,17 @@ fn messages_that_wait_for_room_come_from_the_next_host() {
     let options = HostOptions::default();
     let restoring = UnixHost::bind_restoring(&path, options, &transport, &bus).unwrap();
     let _devices = offer(restoring.bus());
-    while !(restoring.guest_is_back() && guest.is_linked()) {
+    eventually(|| {
         restoring.drive().unwrap();
         guest.drive().unwrap();
-    }
+        restoring.guest_is_back() && guest.is_linked()
+    });
     let host = restoring.finish().unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    while guest.bus().offers().len() < 1500 {
-        assert!(Instant::now() < deadline, "{:?}", guest.lost());
+    eventually(|| {
         host.drive().unwrap();
         guest.drive().unwrap();
-    }
+        guest.bus().offers().len() == 1500
+    });
     guest.drive().unwrap();
     let delivered = guest.bus().state();
     assert!(matches!(delivered, ConnectionState::Connected { offers_delivered: true, .. }));
@@ -504,9 +505,10 @@ fn messages_that_wait_for_room_come_from_the_next_host() {
 #[test]
 fn other_devices_are_refused_and_the_right_ones_taken_afterwards() {
     let mut world = World::new();
-    while world.client.state() != ChannelState::Active {
+    eventually(|| {
         world.step();
-    }
+        world.client.state() == ChannelState::Active
+    });
     let saved = world.save_and_kill();
     let restoring = world.restoring(&saved);
     let refused = restoring.finish().unwrap_err();
