@@ -76,6 +76,13 @@ impl WorkerDriver {
         }
     }
 
+    /// Nobody waits for completions any more.
+    pub(crate) fn stop_listening(&self) {
+        for (_, id) in self.sources.lock().unwrap().drain(..) {
+            self.worker.remove_source(id);
+        }
+    }
+
     pub(crate) fn sources(&self) -> usize {
         self.sources.lock().unwrap().len()
     }

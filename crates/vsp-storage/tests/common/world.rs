@@ -123,8 +123,13 @@ pub(crate) struct World {
 impl World {
     /// With a guest that is ready, and a disk full of 0xff.
     pub(crate) fn new() -> Self {
+        Self::with(TestTime::Simulated)
+    }
+
+    /// The same, with a disk whose time is that of the system.
+    pub(crate) fn with(time: TestTime) -> Self {
         let bus = LoopbackBus::new(16 << 20).unwrap();
-        let medium = TestMedium::new(DISK_BYTES, TestTime::Simulated).unwrap();
+        let medium = TestMedium::new(DISK_BYTES, time).unwrap();
         medium.contents().fill(0, DISK_BYTES, 0xff).unwrap();
         let server = Server::new(&bus, &medium, 4);
         let guest = Guest::ready(&bus, ProtocolVersion::WIN10);
