@@ -53,6 +53,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("saved-state-tests", ALL_LIBRARIES),
     ("kmcl-cli", ALL_LIBRARIES),
     ("kmcl-examples", ALL_LIBRARIES),
+    ("kmcl-benches", ALL_LIBRARIES),
     ("xtask", &[]),
 ];
 
@@ -70,6 +71,10 @@ const NOBODY_NAMES: &[&str] = &[
     "tokio",
     "uuid",
 ];
+
+/// The one exception: formats that cannot evolve are measured beside ours, by a member that is not
+/// published and that nobody builds on.
+const MAY_NAME: &[(&str, &[&str])] = &[("kmcl-benches", &["bitcode", "postcard"])];
 
 /// Crates that must not come in below a crate of ours, however indirectly; a name ending in `*` is
 /// a prefix.
@@ -108,8 +113,7 @@ const FORBID_UNSAFE: &[&str] = &[
 
 /// The only places whose sources may opt into unsafe code, module by module: a crate, and a folder
 /// in it.
-const MAY_BE_UNSAFE: &[(&str, &str)] =
-    &[
+const MAY_BE_UNSAFE: &[(&str, &str)] = &[
     ("hyperv-kvm", "src/kvm.rs"),
     ("kmcl-capi", "src"),
     ("kmcl-vmm", "src/memory.rs"),
@@ -175,7 +179,10 @@ fn against_the_direction(members: &[&str], edges: &[Edge<'_>]) -> Vec<String> {
 fn names_forbidden(edges: &[Edge<'_>]) -> Vec<String> {
     edges
         .iter()
-        .filter(|(_, to, _)| NOBODY_NAMES.contains(to))
+        .filter(|(from, to, _)| {
+            NOBODY_NAMES.contains(to)
+                && !MAY_NAME.iter().any(|(name, named)| name == from && named.contains(to))
+        })
         .map(|(from, to, _)| format!("{from} names {to}"))
         .collect()
 }
@@ -340,6 +347,8 @@ fn the_table_of_directions_has_no_cycle() {
 fn nobody_names_a_forbidden_crate() {
     assert_none(&names_forbidden(&direct_dependencies(&metadata())));
     assert_eq!(names_forbidden(&[("kmcl", "tokio", false)]), ["kmcl names tokio"]);
+    assert_eq!(names_forbidden(&[("kmcl", "postcard", false)]), ["kmcl names postcard"]);
+    assert_eq!(names_forbidden(&[("kmcl-benches", "tokio", false)]), ["kmcl-benches names tokio"]);
 }
 
 #[test]
