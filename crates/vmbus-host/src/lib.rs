@@ -21,9 +21,10 @@
 //! | `connection`, `contact` | versions, features, where messages go; connecting, unloading, pausing |
 //! | `offer`, `offers` | what devices offer, what the guest is told of it, rescinds, channel ids |
 //! | `channel`, `open` | the life of a channel; opening, closing, moving interrupts |
-//! | `gpadl`, `memory` | page lists: assembly, quota, teardown held back while in use |
+//! | `gpadl`, `pages`, `memory` | page lists: assembly, quota, teardown held back while in use |
 //! | `reserved`, `hvsock` | channels for crash dumps; socket connections |
 //! | `outgoing` | messages that wait for their slot |
+//! | `saved`, `resume` | the state as records and back; what follows from a state that was restored |
 //! | [`limits`] | every bound |
 //! | `bus`, `link`, `port`, `signal` | the state machine at work |
 //!
@@ -34,6 +35,43 @@
 //! [`limits`]. A guest that does not take its messages is told to come again
 //! ([`PostError::Busy`]); messages that end the trouble (INITIATE_CONTACT, UNLOAD, RESUME) are taken
 //! all the same.
+//!
+//! # A guest that goes on elsewhere
+//!
+//! All state is plain data, so that it can be saved at every step of the protocol: with half a GPADL, with
+//! an open that no device has answered, with messages that the guest has not taken. The guest notices
+//! nothing. In the process that it leaves:
+//!
+//! 1. [`HostBus::hold`]: the bus stands still. Then the channels are frozen.
+//! 2. [`HeldBus::save`], and channels and devices are saved.
+//! 3. [`HeldBus::move_away`]; or the [`HeldBus`] is dropped, and all goes on as if nothing had been.
+//!
+//! In the process where it goes on:
+//!
+//! 1. [`HostBus::restoring`]: a bus that stands still.
+//! 2. The devices make the offers that were saved, and the guest is there.
+//! 3. [`HostBus::finish_restore`]: differences are told, or channels that were open are resumed.
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use kmcl::memory::MappingBudget;
+//! # use vmbus_host::{GuestPort, HostBus, SaveOptions};
+//! use saved_state::Save;
+//!
+//! # fn there_and_back(
+//! #     bus: HostBus, next_port: Arc<dyn GuestPort>, make_offers: impl FnOnce(&HostBus),
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! let held = bus.hold();
+//! let mut state = Vec::new();
+//! held.save(&SaveOptions::default())?.write_to(&mut state)?;
+//! held.move_away();
+//!
+//! let next = HostBus::restoring(next_port, MappingBudget::default(), &state)?;
+//! make_offers(&next);
+//! next.finish_restore()?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # What is deliberately absent
 //!

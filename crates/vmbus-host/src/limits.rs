@@ -62,7 +62,7 @@ pub const MAX_SAVED_SERIAL: u64 = 1 << 62;
 /// Bytes that a restore takes at most for each byte of the state. The shortest records are short beside
 /// what they stand for: a message has room for 240 bytes, a channel for what comes with an open, and
 /// whatever holds them grows by doubling.
-pub const RESTORED_BYTES_PER_BYTE: usize = 32;
+pub const RESTORED_BYTES_PER_BYTE: usize = 24;
 
 /// Bytes that a restore takes beside those, however short the state is.
 pub const RESTORED_BYTES: usize = 64 << 10;

@@ -26,7 +26,7 @@ use crate::outgoing::SlotId;
 /// | is reset, ends, or is there for the first time | [`HostBus::guest_reset`](crate::HostBus::guest_reset) |
 pub trait GuestPort: Send + Sync {
     /// The guest's memory; `None` while there is no guest. Asked when the bus is made, and at each
-    /// reset.
+    /// reset; for a bus that was restored, when that is finished.
     fn memory(&self) -> Option<GuestMemory>;
 
     /// The number of virtual processors; VP indices are below it. Asked together with the memory.

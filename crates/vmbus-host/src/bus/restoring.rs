@@ -7,7 +7,8 @@ use std::sync::Arc;
 use kmcl::bus::{Endpoint, OpenRings};
 use vmbus_memory::{GuestMemory, MappingBudget};
 
-use crate::bus::{Active, CannotOpen, HostBus, Inner, shape};
+use crate::bus::perform::CannotOpen;
+use crate::bus::{Active, HostBus, Inner, shape};
 use crate::channel::{Channel, OfferState};
 use crate::effect::Effect;
 use crate::host::Host;
