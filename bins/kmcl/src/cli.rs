@@ -33,6 +33,8 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     Demo(Demo),
     Serve(Serve),
+    Save(Save),
+    Restore(Restore),
     /// Work with a disk that a server serves
     #[command(subcommand, after_help = Exit::table())]
     Disk(Disk),
@@ -41,12 +43,15 @@ pub(crate) enum Command {
     Man(Man),
 }
 
-/// Serve a disk image from one process, use it from another, prove every byte
+/// Serve a disk from one process, use it from another, kill and restore the server, prove every byte
 ///
 /// Reads the whole disk through VMBus and compares it with the image; overwrites it with a pattern
 /// that names its place, sequentially and at random, and checks it through VMBus and in the file;
-/// tests UNMAP; writes the original content back and has e2fsck judge it. Works on a copy, never on
-/// the image given.
+/// tests UNMAP. Then a guest writes and reads at random places of a second disk, with as many requests in
+/// flight as --depth says, while its server is frozen, saved to a file, killed with SIGKILL and restored
+/// in a new process, several times; every block must hold what was written last. In the end the original
+/// content is written back to the first disk, and e2fsck judges it. Works on a copy, never on the image
+/// given.
 #[derive(Args, Debug)]
 #[command(after_help = Exit::table())]
 pub(crate) struct Demo {
@@ -56,9 +61,21 @@ pub(crate) struct Demo {
     /// Size of the ext4 image that is made without --disk
     #[arg(long, value_name = "SIZE", default_value = "64M", conflicts_with = "disk")]
     pub(crate) size: Size,
-    /// Requests in flight at once
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH))]
+    /// Requests in flight at once; where whole disks are transferred, at most 16
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH))]
     pub(crate) depth: u16,
+    /// How many times the server is moved into a new process
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    pub(crate) moves: u16,
+    /// Longest time between two moves in milliseconds; the moments are random
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    pub(crate) move_every: u64,
+    /// Bytes of the buffers that the server is saved into, 1 to 1M (default: random for each move)
+    #[arg(long, value_name = "SIZE", value_parser = save_buffer)]
+    pub(crate) save_buffer: Option<Size>,
+    /// Which random requests, moments and sizes (default: others each time)
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
     /// How much of a large disk is overwritten, in pieces spread over all of it
     #[arg(long, value_name = "SIZE", default_value = "1G")]
     pub(crate) write_limit: Size,
@@ -67,6 +84,17 @@ pub(crate) struct Demo {
     pub(crate) work_dir: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) back_end: BackEndArgs,
+}
+
+/// Largest buffer that a server is saved into.
+pub(crate) const MAX_SAVE_BUFFER: u64 = 1 << 20;
+
+fn save_buffer(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error: crate::size::SizeError| error.to_string())?;
+    if (1..=MAX_SAVE_BUFFER).contains(&size.0) {
+        return Ok(size);
+    }
+    Err(format!("a buffer has 1 byte to {}", Size(MAX_SAVE_BUFFER)))
 }
 
 /// Largest queue depth that can be asked for.
@@ -108,10 +136,18 @@ impl BackEnd {
 
 /// Serve disk images to guests, one guest process after another
 ///
-/// Prints one line when guests may connect; ends on SIGINT or SIGTERM with everything flushed.
+/// Prints one line when guests may connect; ends on SIGINT or SIGTERM with everything flushed, or when
+/// kmcl save has moved it into a file.
 #[derive(Args, Debug)]
 #[command(after_help = Exit::table())]
 pub(crate) struct Serve {
+    #[command(flatten)]
+    pub(crate) served: Served,
+}
+
+/// What is served, where and how.
+#[derive(Args, Debug)]
+pub(crate) struct Served {
     /// An image to serve: a file, then options (ro, cache=direct|buffered, sector=512|4096) after
     /// commas; may be repeated
     ///
@@ -120,7 +156,8 @@ pub(crate) struct Serve {
     /// uses it. `sector` is the disk's logical block size, 512 by default.
     #[arg(long = "disk", value_name = "FILE[,OPTION]...", required = true)]
     pub(crate) disks: Vec<DiskSpec>,
-    /// Where to listen: a Unix socket that is made, and removed at the end
+    /// Where to listen: a Unix socket that is made, and removed at the end; and another one beside it,
+    /// with .control behind its name, for kmcl save
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
     /// End when standard input ends, as the server of a demonstration does
@@ -128,6 +165,48 @@ pub(crate) struct Serve {
     pub(crate) until_eof: bool,
     #[command(flatten)]
     pub(crate) back_end: BackEndArgs,
+}
+
+/// Save a running server to a file: it ends, and kmcl restore goes on where it stopped
+///
+/// Requests in flight are saved with it. Whatever fails, the server goes on as before, and a file that was
+/// there is as it was: the new one appears whole or not at all.
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Save {
+    /// The socket at which the server serves guests
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// The file to make or to replace; only this user may read it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to: PathBuf,
+    /// Let the server go on: for a look with kmcl inspect. A guest never goes on with such a state, which
+    /// is of the past already
+    #[arg(long = "continue")]
+    pub(crate) go_on: bool,
+    /// Seconds that requests may take to settle which run and cannot be cancelled
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub(crate) settle: u64,
+    /// Bytes of the buffers that the state is saved into, up to 1M; makes no difference to the result
+    #[arg(long, value_name = "SIZE", default_value = "64K", hide = true, value_parser = save_buffer)]
+    pub(crate) buffer: Size,
+}
+
+/// Go on with a saved server: with its disks, its guest, and the requests that were in flight
+///
+/// Waits for the guest, whose connection must be looking for a server, and prints one line when it is
+/// back. Everything is checked first; whatever fails, the saved state is as good as it was.
+#[derive(Args, Debug)]
+#[command(after_help = Exit::table())]
+pub(crate) struct Restore {
+    /// The file that kmcl save has written
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) served: Served,
+    /// Seconds to wait for the guest
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) wait: u64,
 }
 
 /// An image and how to serve it.
@@ -217,6 +296,9 @@ pub(crate) struct Target {
     /// Seconds after which a silent server is given up
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) timeout: u64,
+    /// Seconds to look for a server that goes on, should this one be moved by kmcl save and kmcl restore
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub(crate) reconnect: u64,
 }
 
 /// Which disk, and how many requests at once.

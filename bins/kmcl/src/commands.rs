@@ -5,6 +5,8 @@ mod demo;
 mod disk;
 mod inspect;
 mod man;
+mod restore;
+mod save;
 mod serve;
 
 use crate::cli::Command;
@@ -23,5 +25,7 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
         Command::Disk(command) => disk::run(command, output),
         Command::Inspect(arguments) => inspect::run(&arguments, output),
         Command::Serve(arguments) => serve::run(&arguments, output),
+        Command::Save(arguments) => save::run(&arguments, output),
+        Command::Restore(arguments) => restore::run(&arguments, output),
     }
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kmcl_worker::{Source, Worker, WorkerError};
 use vmbus_guest::ConnectionState;
@@ -54,12 +54,34 @@ impl Connection {
     /// A [`Failure`] of kind peer that says whether nobody listens, somebody else is connected, or
     /// the server does not behave.
     pub(crate) fn open(target: &Target, depth: u16) -> Result<Self> {
+        Self::open_within(target, depth, Duration::ZERO)
+    }
+
+    /// As [`Self::open`], right after another connection of this process was dropped: waits until the
+    /// server has noticed.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub(crate) fn open_next(target: &Target, depth: u16) -> Result<Self> {
+        Self::open_within(target, depth, HANDSHAKE_TIMEOUT)
+    }
+
+    fn open_within(target: &Target, depth: u16, busy: Duration) -> Result<Self> {
+        let busy_until = Instant::now() + busy;
         let timeout = Duration::from_secs(target.timeout);
         let memory = BASE_MEMORY + REQUEST_MEMORY * u64::from(depth);
         let mut options = GuestOptions::new(memory);
         options.timeout = timeout.min(HANDSHAKE_TIMEOUT);
-        let guest = UnixGuest::connect_with(&target.socket, options)
-            .map_err(|error| refused(&target.socket, error))?;
+        options.reconnect = Some(Duration::from_secs(target.reconnect)).filter(|d| !d.is_zero());
+        let guest = loop {
+            match UnixGuest::connect_with(&target.socket, options.clone()) {
+                Ok(guest) => break guest,
+                Err(error) if is_busy(&error) && Instant::now() < busy_until => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(refused(&target.socket, error)),
+            }
+        };
         let guest = Arc::new(guest);
         let worker = Worker::spawn("vmbus").map_err(no_worker)?;
         worker
@@ -126,6 +148,12 @@ fn no_worker(error: WorkerError) -> Failure {
         format_args!("cannot drive the bus: {error}"),
         "allow this process more threads and open files (ulimit)",
     )
+}
+
+/// Whether the server has another guest.
+fn is_busy(error: &ConnectError) -> bool {
+    let ConnectError::Connection { source, .. } = error else { return false };
+    matches!(source, ConnectionError::Refused { reason: Reason::Busy, .. })
 }
 
 /// Why the server is not to be had.

@@ -3,14 +3,18 @@
 mod cli;
 mod commands;
 mod connection;
+mod control;
 mod exit;
 mod histogram;
 mod image;
 mod interrupt;
 mod output;
 mod progress;
+mod saver;
+mod server;
 mod size;
 mod storage_failure;
+mod whole_file;
 mod workers;
 
 use std::ffi::OsString;

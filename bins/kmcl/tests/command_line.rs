@@ -13,10 +13,13 @@ use support::kmcl;
 
 #[test]
 fn help_documents_the_exit_codes_everywhere() {
-    let commands: [&[&str]; 9] = [
+    let commands: [&[&str]; 12] = [
         &[],
         &["demo"],
         &["serve"],
+        &["save"],
+        &["restore"],
+        &["inspect"],
         &["disk"],
         &["disk", "info"],
         &["disk", "read"],
@@ -35,7 +38,7 @@ fn help_documents_the_exit_codes_everywhere() {
 
 #[test]
 fn a_line_that_cannot_be_obeyed_is_refused_in_one_line() {
-    let rows: [(&[&str], &str); 12] = [
+    let rows: [(&[&str], &str); 17] = [
         (&["demo", "--size", "12Q"], "expected a size"),
         (&["demo", "--size", "1M"], "at least 8.0 MiB"),
         (&["demo", "--size", "16777217T"], "64 bits"),
@@ -45,6 +48,11 @@ fn a_line_that_cannot_be_obeyed_is_refused_in_one_line() {
         (&["serve", "--disk", "x"], "--socket"),
         (&["serve", "--disk", "x,rw", "--socket", "s"], "unknown option \"rw\""),
         (&["serve", "--disk", "x", "--socket", "s", "--backend", "magic"], "magic"),
+        (&["demo", "--save-buffer", "0"], "1 byte to 1.0 MiB"),
+        (&["demo", "--save-buffer", "2M"], "1 byte to 1.0 MiB"),
+        (&["save", "--socket", "s"], "--to"),
+        (&["restore", "state", "--socket", "s"], "--disk"),
+        (&["inspect", "x", "--all", "--verify"], "cannot be used with"),
         (&["disk", "read"], "--socket"),
         (&["nonsense"], "nonsense"),
         (&["completions", "csh"], "csh"),
@@ -71,7 +79,17 @@ fn programs_get_failures_as_json() {
 fn completions_and_man_pages_know_every_command() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = kmcl(["completions", shell]).ok().text();
-        for word in ["demo", "serve", "verify", "bench", "socket", "write-limit"] {
+        for word in [
+            "demo",
+            "serve",
+            "save",
+            "restore",
+            "inspect",
+            "verify",
+            "bench",
+            "socket",
+            "write-limit",
+        ] {
             assert!(script.contains(word), "{word} in the script for {shell}");
         }
     }
@@ -79,7 +97,15 @@ fn completions_and_man_pages_know_every_command() {
     let man = dir.path().join("new");
     let pages = kmcl(["man", "--json", support::text(&man)]).ok().json();
     assert_eq!(pages["pages"].as_array().unwrap().len(), std::fs::read_dir(&man).unwrap().count());
-    for page in ["kmcl.1", "kmcl-demo.1", "kmcl-serve.1", "kmcl-disk.1", "kmcl-disk-verify.1"] {
+    for page in [
+        "kmcl.1",
+        "kmcl-demo.1",
+        "kmcl-serve.1",
+        "kmcl-save.1",
+        "kmcl-restore.1",
+        "kmcl-disk.1",
+        "kmcl-disk-verify.1",
+    ] {
         let text = std::fs::read_to_string(man.join(page)).unwrap();
         assert!(text.contains(".SH \"EXIT STATUS\""), "{page}");
         assert!(text.contains(".SH OPTIONS"), "{page}");

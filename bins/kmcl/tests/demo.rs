@@ -82,6 +82,8 @@ fn an_ext4_image_is_made_and_proven() {
         assert_eq!(shown["back_end"], backend);
         assert_eq!(shown["file_system"], "clean, says e2fsck", "{backend}");
         assert_eq!(shown["storage_protocol"], "6.2", "{backend}");
+        assert_eq!(shown["moves"].as_array().unwrap().len(), 5, "{backend}");
+        assert_eq!(shown["duplicated"], 0, "{backend}");
         let bytes = |name: &str| shown[name].as_u64().unwrap();
         assert!(bytes("image_files") > 0, "{backend}");
         // Read whole, read again; written in order, a quarter at random, written back.
@@ -120,7 +122,13 @@ fn a_large_disk_is_overwritten_in_pieces() {
 #[test]
 fn people_get_a_table() {
     let text = kmcl(["demo", "--size", "8M"]).ok().text();
-    for line in ["bytes lost        0", "bytes verified", "clean, says e2fsck", "VMBus"] {
+    for line in [
+        "lost                   0",
+        "duplicated             0",
+        "bytes verified",
+        "clean, says e2fsck",
+        "VMBus",
+    ] {
         assert!(text.contains(line), "{line:?} in {text}");
     }
 }

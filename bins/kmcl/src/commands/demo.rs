@@ -1,5 +1,6 @@
 //! `kmcl demo`: one process serves a disk image, this one uses it, and every byte is proven.
 
+mod moves;
 mod plan;
 mod proof;
 mod server;
@@ -8,6 +9,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use self::moves::{Moved, Place};
 use self::plan::Area;
 use self::proof::{Bench, Proof, compare_files};
 use self::server::Server;
@@ -24,6 +26,9 @@ use crate::size::Size;
 /// Seconds after which a silent server is given up.
 const SERVER_TIMEOUT_S: u64 = 30;
 
+/// Requests in flight where whole disks are transferred: more do not make it faster.
+const TRANSFER_DEPTH: u16 = 16;
+
 /// What the demonstration has shown.
 #[derive(Serialize)]
 struct Shown {
@@ -39,17 +44,25 @@ struct Shown {
     proof: Proof,
     /// What e2fsck says in the end: `clean`, or why it was not asked.
     file_system: &'static str,
-    /// Bytes that are not what they must be. The command fails where this is not 0.
+    /// Bytes that are not what they must be, and requests that never ended. The command fails where this
+    /// is not 0.
     lost: u64,
+    /// Requests that ended twice. The command fails where this is not 0.
+    duplicated: u64,
+    #[serde(flatten)]
+    moved: Moved,
 }
 
 impl Report for Shown {
     fn table(&self) -> Table {
-        Table::pairs()
+        let table = Table::pairs()
             .pair("bytes read", Size(self.proof.bytes_read))
             .pair("bytes written", Size(self.proof.bytes_written))
-            .pair("bytes verified", Size(self.proof.bytes_verified))
-            .pair("bytes lost", self.lost)
+            .pair("bytes verified", Size(self.proof.bytes_verified));
+        self.moved
+            .add_to(table)
+            .pair("lost", self.lost)
+            .pair("duplicated", self.duplicated)
             .pair("file system", self.file_system)
             .pair(
                 "VMBus",
@@ -125,9 +138,12 @@ fn prove(
     interrupt: &Interrupt,
 ) -> Result<Shown> {
     let socket = work.join("vmbus.sock");
-    let (server, ready) = Server::start(arguments, &served.path, &socket)?;
-    let target = Target { socket, timeout: SERVER_TIMEOUT_S };
-    let mut connection = Connection::open(&target, arguments.depth)?;
+    let second = moves::make_disk(work)?;
+    let disks = [served.path.as_path(), &second];
+    let (server, ready) = Server::start(arguments.back_end, &disks, &socket)?;
+    let depth = arguments.depth.min(TRANSFER_DEPTH);
+    let target = Target { socket: socket.clone(), timeout: SERVER_TIMEOUT_S, reconnect: 0 };
+    let mut connection = Connection::open(&target, depth)?;
     let disk = connection.disk(0)?;
     let (vmbus_version, storage_protocol) = (connection.vmbus_version(), connection.protocol());
     let channels = connection.channels();
@@ -154,6 +170,22 @@ fn prove(
     let passes = bench.write_pattern()?;
     bench.verify_pattern(&passes)?;
     bench.unmap()?;
+    let proof = std::mem::take(&mut bench.proof);
+    drop(connection);
+    let place = Place { work, socket: &socket, disks: &disks };
+    let (server, moved) = moves::run(arguments, &place, server, output, interrupt)?;
+    // Not looking for another server: that this one goes away is not planned.
+    let mut connection = Connection::open_next(&target, depth)?;
+    let mut bench = Bench {
+        client: &mut connection.client,
+        disk: &disk,
+        original,
+        served,
+        area: Area::new(disk.bytes(), arguments.write_limit.0),
+        output,
+        interrupt,
+        proof,
+    };
     bench.write_back()?;
     let mut proof = bench.proof;
     drop(connection);
@@ -173,6 +205,8 @@ fn prove(
         proof,
         file_system: "",
         lost: 0,
+        duplicated: 0,
+        moved,
     })
 }
 

@@ -1,5 +1,6 @@
 //! The demonstration's server: another process of this very program.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -10,13 +11,14 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 
-use crate::cli::Demo;
-use crate::exit::{Exit, Failure, Result};
+use crate::cli::BackEndArgs;
+use crate::control::Refusal;
+use crate::exit::{Failure, Result};
 
 /// How long the server may take to be ready, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A running `kmcl serve`. Killed when dropped; it also ends by itself when this process does,
+/// A running `kmcl serve` or `kmcl restore`. Killed when dropped; it also ends by itself when this process does,
 /// because its standard input is a pipe from here.
 pub(super) struct Server {
     child: Child,
@@ -31,22 +33,42 @@ pub(super) struct Ready {
 /// The line of JSON with which a command fails.
 #[derive(Deserialize)]
 struct Failed {
-    error: FailedBecause,
-}
-
-#[derive(Deserialize)]
-struct FailedBecause {
-    kind: Exit,
-    message: String,
-    advice: String,
+    error: Refusal,
 }
 
 impl Server {
-    /// Starts a server of the image at `disk`, and waits until guests may connect to `socket`.
+    /// Starts a server of the images `disks`, and waits until guests may connect to `socket`.
     ///
     /// # Errors
     /// The server's own [`Failure`], if it ends instead.
-    pub(super) fn start(arguments: &Demo, disk: &Path, socket: &Path) -> Result<(Self, Ready)> {
+    pub(super) fn start(
+        back_end: BackEndArgs,
+        disks: &[&Path],
+        socket: &Path,
+    ) -> Result<(Self, Ready)> {
+        Self::spawn(["serve".as_ref()], back_end, disks, socket)
+    }
+
+    /// Starts a server that goes on where one that was saved to the file at `state` stopped, and waits
+    /// until the guest is back.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub(super) fn restore(
+        state: &Path,
+        back_end: BackEndArgs,
+        disks: &[&Path],
+        socket: &Path,
+    ) -> Result<(Self, Ready)> {
+        Self::spawn(["restore".as_ref(), state.as_os_str()], back_end, disks, socket)
+    }
+
+    fn spawn<const N: usize>(
+        begin: [&OsStr; N],
+        back_end: BackEndArgs,
+        disks: &[&Path],
+        socket: &Path,
+    ) -> Result<(Self, Ready)> {
         let cannot = |error: std::io::Error| {
             Failure::system(
                 format_args!("cannot start the server: {error}"),
@@ -55,10 +77,13 @@ impl Server {
         };
         let program = std::env::current_exe().map_err(cannot)?;
         let mut command = Command::new(program);
-        command.args(["serve", "--json", "--until-eof", "--disk"]).arg(disk);
+        command.args(begin).args(["--json", "--until-eof"]);
+        for disk in disks {
+            command.arg("--disk").arg(disk);
+        }
         command.arg("--socket").arg(socket);
-        command.args(["--backend", arguments.back_end.backend.name()]);
-        if let Some(workers) = arguments.back_end.workers {
+        command.args(["--backend", back_end.backend.name()]);
+        if let Some(workers) = back_end.workers {
             command.args(["--workers", &workers.to_string()]);
         }
         // An interrupt from the terminal is this process's to handle: the server ends after it.
@@ -67,6 +92,13 @@ impl Server {
         let mut server = Self { child: command.spawn().map_err(cannot)? };
         let ready = server.wait_ready()?;
         Ok((server, ready))
+    }
+
+    /// Ends the server with SIGKILL: it can do nothing about it, and tidies nothing up.
+    pub(super) fn kill(mut self) {
+        // Fails only for one that has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// The server's process id.
@@ -101,7 +133,7 @@ impl Server {
             let _ = stderr.read_to_string(&mut said);
         }
         match said.lines().find_map(|line| serde_json::from_str::<Failed>(line).ok()) {
-            Some(Failed { error }) => Failure::new(error.kind, error.message, error.advice),
+            Some(Failed { error }) => error.into(),
             None => Failure::peer(
                 format_args!("the server ended before it was ready: {}", said.trim()),
                 "run kmcl serve by itself to see why",

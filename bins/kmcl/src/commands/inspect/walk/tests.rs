@@ -156,7 +156,7 @@ fn any_damaged_byte_is_found_and_the_rest_is_shown() {
         };
         assert!(state.damage.iter().any(told), "byte {at}: {:?}", state.damage);
         let shown = found(&state);
-        for offset in all.iter().filter(|offset| **offset as usize != hit.start) {
+        for offset in all.iter().filter(|offset| **offset != hit.start as u64) {
             assert!(shown.contains(offset), "byte {at}: the record at {offset} is not shown");
         }
     }
@@ -170,7 +170,7 @@ fn a_file_that_is_cut_anywhere_is_damaged_and_shown_up_to_there() {
         let state = State::read(&good[..length]);
         assert!(!state.damage.is_empty(), "cut to {length} bytes");
         // The record whose chunk ends behind the cut is the last one before it.
-        let whole = all.iter().filter(|offset| (**offset as usize) < length).count();
+        let whole = all.iter().filter(|offset| **offset < length as u64).count();
         assert!(found(&state).len() + 1 >= whole, "cut to {length} bytes");
     }
 }
