@@ -11,6 +11,18 @@
 //!                         ◄──────── Completions ────┘ when its descriptor is readable
 //! ```
 //!
+//! A controller can be saved in the middle of its work and go on in another process:
+//! [`ScsiController::freeze`], [`ScsiController::restoring`].
+//!
+//! ```text
+//!   freeze ──► wait ──► streams ──► move_away  ···  restoring ──► attach ──► enable ──► restore_channel ──► start
+//!      └──────── thaw ────┘                          the same disks, or it is refused
+//! ```
+//!
+//! No request is carried out again while its original can still land: a [`Backend`](block::Backend) says
+//! of each what became of it ([`block::IoOutcome`]), and only from that follows what its packet is saved
+//! as.
+//!
 //! Data moves between the back end and guest memory without a copy of ours: the back end gets the
 //! guest's pages as I/O vectors. A request allocates nothing on its way once as many were in flight
 //! before.
@@ -22,7 +34,7 @@
 //! |---|---|
 //! | [`block`] | requests on bytes, and the back ends that perform them |
 //! | `scsi` | what each command means for a disk; pure |
-//! | `controller` | the protocol of the channel, requests in flight, resets, subchannels |
+//! | `controller` | the protocol of the channel, requests in flight, resets, subchannels, saving and restoring |
 //!
 //! Source: devices, section 1.
 

@@ -101,7 +101,7 @@ fn numbers_that_cannot_be_are_refused_by_name() {
     let (_world, streams) = saved();
     let (info, controller, disks) = records(&streams[0]);
     let disk = &disks[0];
-    assert!(refuse(&stream(info, &[controller.clone()], &disks)).is_none());
+    assert!(refuse(&stream(info, std::slice::from_ref(&controller), &disks)).is_none());
     let ready = StorageRecord { sub_channels: 0, ..controller.clone() };
     let controllers = [
         (StorageRecord { protocol_version: 0x0601, ..ready.clone() }, "0x0601"),
@@ -124,7 +124,7 @@ fn numbers_that_cannot_be_are_refused_by_name() {
         (StorageRecord { attachments: 0, ..ready.clone() }, "attachment"),
     ];
     for (record, named) in controllers {
-        let error = refuse(&stream(info, &[record.clone()], &disks));
+        let error = refuse(&stream(info, std::slice::from_ref(&record), &disks));
         let error = error.unwrap_or_else(|| panic!("{record:?} is not refused")).to_string();
         assert!(error.contains(named) && error.contains("storage."), "{error}");
     }
@@ -146,7 +146,8 @@ fn numbers_that_cannot_be_are_refused_by_name() {
         (changed(|disk| disk.unit_attentions = vec![0x3f]), "unit_attentions"),
         (changed(|disk| disk.unit_attentions = vec![0x3f, 0x0e, 0x29, 0]), "unit_attentions"),
     ] {
-        let error = refuse(&stream(info, &[controller.clone()], &disks)).unwrap().to_string();
+        let error =
+            refuse(&stream(info, std::slice::from_ref(&controller), &disks)).unwrap().to_string();
         assert!(error.contains(named) && error.contains("storage.disk"), "{error}");
     }
     // Twice, out of order, missing.

@@ -13,7 +13,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kmcl::{NtStatus, SaveOptions};
+use kmcl::{ChannelState, NtStatus, SaveOptions};
 use vsp_storage::block::{Fate, TestMedium, TestTime};
 use vsp_storage::{
     AttachError, ControllerError, Disk, DiskDifference, DiskOptions, EnableError, LunError,
@@ -147,6 +147,77 @@ fn a_paused_controller_has_nothing_in_flight_and_moves_as_well() {
         world.medium.advance(10 * MS);
         world.answered().iter().any(|(answered, _)| *answered == number)
     });
+}
+
+#[test]
+fn a_controller_that_is_dropped_ends_its_freeze_and_its_pause() {
+    for pauses in [false, true] {
+        let mut world = World::new();
+        world.medium.set_fate(Fate::after(10 * MS));
+        world.write(0, 4, 1);
+        world.until_held(0, 1);
+        let server = world.server.take().unwrap();
+        if pauses {
+            let paused = server.controller.pause().unwrap();
+            world.medium.advance(10 * MS);
+            drop(server);
+            drop(paused);
+        } else {
+            let frozen = server.controller.freeze().unwrap();
+            world.medium.set_fate(Fate::after(Duration::ZERO));
+            drop(server);
+            assert_eq!(frozen.running(), 0);
+            drop(frozen);
+        }
+        until("the guest is not told", || {
+            world.process();
+            world.guests[0].channel.state() == ChannelState::Closed
+                || world.guests[0].channel.state() == ChannelState::Disabled
+        });
+    }
+}
+
+#[test]
+fn a_controller_that_nobody_has_opened_moves_too() {
+    // Never opened, and opened and closed again.
+    for was_open in [false, true] {
+        let bus = kmcl::loopback::LoopbackBus::new(16 << 20).unwrap();
+        let medium = TestMedium::new(DISK_BYTES, TestTime::Simulated).unwrap();
+        let server = Server::new(&bus, &medium, 4);
+        if was_open {
+            drop(Guest::ready(&bus, ProtocolVersion::WIN10));
+            until("it is not closed", || {
+                server.controller.channel().unwrap().state() == ChannelState::Closed
+            });
+        }
+        let frozen = server.controller.freeze().unwrap();
+        let streams = save(&frozen);
+        frozen.move_away();
+        drop(server);
+        let _server = Server::restore(&bus, &medium, &streams);
+        let guest = Guest::ready(&bus, ProtocolVersion::WIN10);
+        assert!(guest.can_read(LUN0), "was open: {was_open}");
+    }
+}
+
+#[test]
+fn a_guest_that_starts_over_after_a_move_finds_a_fresh_controller() {
+    let mut world = World::new();
+    world.open_sub_channels(1);
+    let frozen = world.controller().freeze().unwrap();
+    world.go_elsewhere(frozen);
+    until("the restored channel is not at work", || {
+        world.process();
+        world.is_active()
+    });
+    world.guests.clear(); // closes the channels
+    let guest = Guest::open(&world.bus, 0);
+    // Nothing is agreed on any more.
+    let early = guest.call(&VstorPacket::request(Operation::END_INITIALIZATION));
+    assert_eq!(early.status(), NtStatus::INVALID_DEVICE_STATE);
+    guest.initialise(ProtocolVersion::WIN8);
+    assert!(guest.can_read(LUN0));
+    drop(guest);
 }
 
 // ---- What was agreed on ------------------------------------------------------------------------------

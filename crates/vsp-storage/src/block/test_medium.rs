@@ -34,7 +34,7 @@ use super::event::Event;
 use super::{Backend, IoDone, IoError, IoOperation, IoOutcome, IoRequest, RamBackend};
 
 /// Most entries of a history; the oldest go first.
-pub const MAX_HISTORY: usize = 1 << 20;
+pub const MAX_HISTORY: usize = 1 << 18;
 
 /// Most requests that one back end holds; further ones are refused as busy.
 pub const MAX_REQUESTS: usize = 1 << 15;

@@ -11,6 +11,10 @@
 //! How long freezing takes does not depend on how slow a disk is: requests that have not started, and
 //! those that have finished, settle at once. What runs is cancelled where its back end can do that, and
 //! waited for where it cannot. Until then nothing can be saved.
+//!
+//! Requests that go on come in the order in which they were first delivered, channel by channel, and
+//! flushes wait for the writes before them as ever. Between channels there is no such order, as there is
+//! none between requests that a guest has in flight on two of them.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
