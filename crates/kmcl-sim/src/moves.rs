@@ -224,8 +224,9 @@ impl Comeback {
             channel.enable().map_err(in_words("offer"))?;
         }
         self.devices.gadget.set_state(&saved.gadget_state);
-        // Before the rings come, or after: both are allowed.
-        let is_early = rng.once_in(2);
+        // Before the rings come, or after: both are allowed. But a channel that has its rings sends what
+        // was queued: where another host may have to go on, everything comes first.
+        let is_early = rng.once_in(2) || wires.is_none();
         if is_early {
             self.restore_channels(saved, rng)?;
         }

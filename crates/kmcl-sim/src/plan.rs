@@ -32,6 +32,8 @@ pub struct Plan {
     pub withdrawals: u32,
     /// Requests for socket connections.
     pub sockets: u32,
+    /// At its end the guest leaves the bus without closing its channels first.
+    pub hurried: bool,
     /// The trace is kept.
     pub traced: bool,
 }
@@ -64,6 +66,7 @@ impl Plan {
             churn: 12,
             withdrawals: 2,
             sockets: 3,
+            hurried: rng.once_in(2),
             traced: false,
         }
     }

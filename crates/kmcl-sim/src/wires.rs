@@ -186,7 +186,7 @@ impl Wires {
         let Some(guest) = self.guest.get() else { return };
         match guest.host_message(message) {
             Ok(()) => {}
-            Err(error) if crosses_a_rescind(&error) => {
+            Err(error) if is_late(&error) => {
                 self.log.line(format_args!("late: {error}"));
             }
             Err(error) => {
@@ -223,8 +223,8 @@ impl Wires {
 }
 
 /// Whether a message may be an answer for a channel that the guest has given up meanwhile, because it
-/// was withdrawn.
-fn crosses_a_rescind(error: &HostError) -> bool {
+/// was withdrawn; or for a guest that has left the bus.
+fn is_late(error: &HostError) -> bool {
     use MessageType::{GpadlCreated, ModifyChannelResponse, OpenChannelResult};
     match error {
         HostError::UnknownGpadl { kind, .. } => *kind == GpadlCreated,
@@ -234,6 +234,7 @@ fn crosses_a_rescind(error: &HostError) -> bool {
         HostError::UnknownChannel { kind, .. } => {
             matches!(kind, ModifyChannelResponse | OpenChannelResult)
         }
+        HostError::Unexpected { state, .. } => *state == "not connected",
         _ => false,
     }
 }

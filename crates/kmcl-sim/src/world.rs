@@ -1,8 +1,10 @@
 //! The world: who is in it, what can happen next, and the choice.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use vmbus_guest::{ConnectionState, PostStatus};
+use vmbus_host::{Connection, OfferState};
 use vmbus_memory::GuestMemory;
 use vsp_storage::block::{TestBackend, TestMedium};
 
@@ -149,6 +151,42 @@ impl World {
         self.judge()
     }
 
+    /// What the host is in the middle of, in words.
+    #[must_use]
+    pub fn conditions(&self) -> BTreeSet<String> {
+        let mut conditions = BTreeSet::new();
+        let Some(host) = &self.host else { return conditions };
+        let mut note = |is_so: bool, what: &str| {
+            if is_so {
+                conditions.insert(what.to_owned());
+            }
+        };
+        host.bus.inspect(|bus| {
+            let connection = bus.connection();
+            note(matches!(connection, Connection::Disconnected), "disconnected");
+            note(matches!(connection, Connection::Disconnecting { .. }), "disconnecting");
+            note(connection.established().is_some(), "connected");
+            for (_, channel) in bus.channels() {
+                note(true, &format!("a channel {}", channel.open.name()));
+                note(channel.modifying.is_some(), "a channel modified");
+                note(channel.offer == OfferState::Hidden, "an offer hidden");
+                note(channel.offer == OfferState::Rescinded, "an offer rescinded");
+            }
+            let usage = bus.usage();
+            note(usage.incomplete_gpadls > 0, "a GPADL received in part");
+            note(usage.messages > 0, "a message waiting");
+            note(usage.hvsock_requests > 0, "a socket asked for");
+        });
+        let (queued, in_flight) = host.gadget.channel().outgoing_in_use();
+        note(queued > 0, "outgoing packets queued");
+        note(in_flight > 0, "outgoing packets in flight");
+        note(host.gadget.channel().incoming_outstanding() > 0, "incoming packets in flight");
+        let (gathered, submitted) = host.controller.in_flight();
+        note(gathered > 0, "disk requests not begun");
+        note(submitted > 0, "disk requests running");
+        conditions
+    }
+
     /// Looks at what was written to the rings.
     pub(crate) fn look(&mut self) {
         if let Some(host) = &self.host {
@@ -177,7 +215,10 @@ impl World {
         self.guest.actions(now, self.phase, self.bus_is_at_rest(), &mut actions);
         match self.phase {
             Phase::Working if self.is_done() => actions.push((now, Action::Closes)),
-            Phase::Closing if actions.is_empty() => actions.push((now, Action::Unloads)),
+            // A guest that is in a hurry does not wait until its channels are closed.
+            Phase::Closing if self.plan.hurried || actions.is_empty() => {
+                actions.push((now, Action::Unloads));
+            }
             _ => {}
         }
         actions

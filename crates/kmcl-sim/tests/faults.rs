@@ -19,7 +19,7 @@ fn violations(fault: Option<Fault>) -> Vec<String> {
     let mut found = Vec::new();
     for seed in 1..=4 {
         let plan = plan(seed);
-        for step in (60..400).step_by(20) {
+        for step in (60..400).step_by(30) {
             let Some(mut world) = world_at(seed, &plan, step) else { break };
             if let Some(fault) = fault {
                 fault.set(true);

@@ -7,7 +7,7 @@ use kmcl_sim::{Plan, World};
 
 #[test]
 fn every_world_comes_to_its_end() {
-    for seed in seeds(200) {
+    for seed in seeds(100) {
         for plan in [Plan::small(seed.get()), Plan::negotiation(seed.get())] {
             let mut world = World::new(seed.get(), plan.clone());
             let outcome = world.finish();
@@ -18,7 +18,7 @@ fn every_world_comes_to_its_end() {
 
 #[test]
 fn the_same_seed_gives_the_same_trace() {
-    for seed in seeds(20) {
+    for seed in seeds(10) {
         let run = || {
             let mut world = World::new(seed.get(), Plan::small(seed.get()).traced());
             let outcome = world.finish();

@@ -8,7 +8,7 @@ use kmcl::{
     StateChange,
 };
 use vmbus_host::HostBus;
-use zerocopy::IntoBytes;
+use zerocopy::IntoBytes as _;
 
 use super::wire::{self, Answer, Message, manner};
 use crate::log::{Log, Way};
@@ -85,7 +85,7 @@ impl Gadget {
         });
         let channel = Channel::allocate(Side::Server, Arc::new(bus.clone()));
         channel.init_set_friendly_name("gadget")?;
-        channel.init_set_maximum_packet_size(64)?;
+        channel.init_set_maximum_packet_size(wire::MAX_BYTES)?;
         channel.init_set_maximum_completion_size(16)?;
         channel.init_set_maximum_packet_count(32)?;
         channel.init_set_maximum_external_data(4096, 1)?;
@@ -185,8 +185,8 @@ impl Gadget {
         packet.set_completion_routine(Arc::clone(&self.device) as _);
         let wanted = !number.is_multiple_of(5);
         let flags = if wanted { SendFlags::WAIT_FOR_COMPLETION } else { SendFlags::empty() };
-        let message = Message::new(wire::EVENT, 0, number, 0);
-        if let Err(refused) = packet.send(message.as_bytes(), None, flags) {
+        let message = Message::new(wire::EVENT, 0, number, 0).padded();
+        if let Err(refused) = packet.send(&message, None, flags) {
             self.device.log.violation(format_args!("event {number} refused: {}", refused.error));
         }
     }

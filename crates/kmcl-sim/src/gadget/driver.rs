@@ -99,7 +99,7 @@ impl GadgetDriver {
         });
         let channel = Channel::allocate(Side::Client, Arc::new(bus.clone()));
         channel.init_set_friendly_name("gadget driver")?;
-        channel.init_set_maximum_packet_size(64)?;
+        channel.init_set_maximum_packet_size(wire::MAX_BYTES)?;
         channel.init_set_maximum_completion_size(16)?;
         channel.init_set_maximum_packet_count(8)?;
         channel.init_set_maximum_external_data(4096, 1)?;
@@ -193,7 +193,7 @@ impl GadgetDriver {
         packet.set_completion_routine(Arc::clone(&self.shared) as _);
         let wanted = kind != wire::NOTE;
         let flags = if wanted { SendFlags::WAIT_FOR_COMPLETION } else { SendFlags::empty() };
-        let message = Message::new(kind, manner, number, argument);
+        let message = Message::new(kind, manner, number, argument).padded();
         let pfns: Vec<u64> = pages.iter().flat_map(PageRun::pfns).collect();
         let range = GpaRange { byte_count: 4096, byte_offset: 0, pfns: &pfns };
         let external = pages.is_some().then_some(std::slice::from_ref(&range));
@@ -205,7 +205,7 @@ impl GadgetDriver {
                 inner.counters[at] += 1;
             }
         }
-        if let Err(refused) = packet.send(message.as_bytes(), external, flags) {
+        if let Err(refused) = packet.send(&message, external, flags) {
             log.violation(format_args!("work {number} refused: {}", refused.error));
         }
     }

@@ -22,6 +22,9 @@ pub(crate) const UNMAP: u32 = 4;
 /// Device to guest.
 pub(crate) const EVENT: u32 = 5;
 
+/// Bytes of the longest message.
+pub(crate) const MAX_BYTES: u32 = 600;
+
 /// Pages of the driver's GPADL.
 pub(crate) const GPADL_PAGES: u32 = 2;
 
@@ -78,8 +81,22 @@ impl Message {
         }
     }
 
+    /// Its bytes, and more, so that the rings fill: how many follows from its number, and so does each.
+    pub(crate) fn padded(&self) -> Vec<u8> {
+        let number = self.number.get();
+        let mut bytes = self.as_bytes().to_vec();
+        let padding = expected(number).to_le_bytes();
+        let len = usize::try_from(number * 104 % 570).unwrap_or(0);
+        bytes.extend(padding.iter().cycle().take(len));
+        bytes
+    }
+
+    /// The message in a payload, if it is whole.
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
-        Self::read_from_prefix(payload).ok().map(|(message, _)| message)
+        let (message, _) = Self::read_from_prefix(payload).ok()?;
+        let whole = message.padded();
+        // The ring pads to 8 bytes.
+        (payload.get(..whole.len()) == Some(&whole[..])).then_some(message)
     }
 }
 
