@@ -4,11 +4,10 @@
 //! that cannot restore them breaks a promise. [`STATES`] makes new ones when a version of the format is
 //! new, or when a state of a new kind is to be kept.
 
-use kmcl::SaveOptions;
-
 use crate::bus::{self, Machine};
 use crate::channel::{self, Fate, Server, Setup, external, request};
 use crate::guest::Standing;
+use crate::storage;
 
 /// A state that is restored for ever.
 pub struct Golden {
@@ -69,7 +68,7 @@ pub const STATES: &[Golden] = &[
         "incoming-256-mixed",
         "256 requests: never started, cancelled and finished in turn, the last deferred",
         || {
-            with_requests(Setup { packets: 512, ..Setup::default() }, 256, |number| match number {
+            with_requests(Setup::default(), 256, |number| match number {
                 255 => Fate::Deferred,
                 _ if number % 3 == 0 => Fate::NeverStarted,
                 _ if number % 3 == 1 => Fate::Cancelled,
@@ -217,13 +216,35 @@ pub const STATES: &[Golden] = &[
             machine.save()
         },
     ),
+    storage(
+        "storage-silent",
+        "a controller whose guest has opened the channel, and said nothing",
+        || storage::Server::after(0).move_away(),
+    ),
+    storage("storage-begun", "after BEGIN_INITIALIZATION", || {
+        storage::Server::after(1).move_away()
+    }),
+    storage("storage-version", "after QUERY_PROTOCOL_VERSION", || {
+        storage::Server::after(2).move_away()
+    }),
+    storage("storage-properties", "after QUERY_PROPERTIES", || {
+        storage::Server::after(3).move_away()
+    }),
+    storage(
+        "storage-ready",
+        "a controller with two disks that takes requests, none in flight",
+        || storage::Server::after(4).move_away(),
+    ),
+    storage(
+        "storage-in-flight",
+        "32 writes: some had not started, some ran and were cancelled",
+        || {
+            let mut server = storage::Server::after(4);
+            server.write(32, 4);
+            server.move_away()
+        },
+    ),
 ];
-
-/// The producer that the files name.
-#[must_use]
-pub fn producer() -> SaveOptions {
-    SaveOptions::default()
-}
 
 const fn channel(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
     Golden { name, about, make, restore: channel::assert_goes_on }
@@ -231,6 +252,10 @@ const fn channel(name: &'static str, about: &'static str, make: fn() -> Vec<u8>)
 
 const fn bus(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
     Golden { name, about, make, restore: bus::assert_goes_on }
+}
+
+const fn storage(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
+    Golden { name, about, make, restore: storage::assert_goes_on }
 }
 
 /// A channel with `count` requests, each with its own id, length and fate.
@@ -253,19 +278,4 @@ fn piped(payload: &[u8]) -> Vec<u8> {
     bytes.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
     bytes.extend(payload);
     bytes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_state_is_made_and_restored() {
-        for golden in STATES {
-            eprintln!("{}", golden.name);
-            let state = (golden.make)();
-            eprintln!("  {} bytes", state.len());
-            (golden.restore)(&state);
-        }
-    }
 }

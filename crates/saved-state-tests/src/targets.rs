@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::io::Read as _;
 
-use kmcl::ChannelState;
+use kmcl::{ChannelState, Guid};
 use saved_state::bus::{
     BUS_CHANNEL, BUS_CONNECTION, BUS_GPADL, BUS_HOST, BUS_HVSOCK, BUS_MESSAGE, BUS_RAM,
     BusChannelRecord, BusConnectionRecord, BusGpadlRecord, BusHostRecord, BusHvsockRecord,
@@ -27,13 +27,17 @@ use saved_state::storage::{
     DISK_IDENTITY, DiskIdentityRecord, STORAGE, STORAGE_REQUEST, StorageRecord,
     StorageRequestRecord,
 };
+use saved_state::text::Producer;
 use saved_state::transport::{TRANSPORT, TRANSPORT_REGION, TransportRecord, TransportRegionRecord};
-use saved_state::{Decode, Encode, StreamHeader, StreamReader, bare};
+use saved_state::{
+    Decode, Encode, FormatVersion, HeaderFlags, Step, StreamHeader, StreamInfo, StreamKind,
+    StreamReader, StreamWriter, bare,
+};
 use vmbus_host::{Host, HostRestore};
 
 use crate::channel::{self, Server, Setup};
 use crate::guest::{Rings, Standing};
-use crate::mutate;
+use crate::{mutate, storage};
 
 /// A target of the fuzzer.
 pub struct Target {
@@ -52,6 +56,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "record", run: record, mutate: mutate::mutate_message },
     Target { name: "channel", run: channel, mutate: mutate::mutate },
     Target { name: "bus", run: bus, mutate: mutate::mutate },
+    Target { name: "storage", run: storage, mutate: mutate::mutate },
+    Target { name: "transport", run: transport, mutate: mutate::mutate },
     Target { name: "round_trip", run: round_trip, mutate: mutate::mutate },
 ];
 
@@ -291,4 +297,72 @@ pub fn bus(data: &[u8]) {
         (Err(error), _) => assert!(!error.to_string().is_empty()),
         (Ok(_), Err(error)) => panic!("whole, and not chunk by chunk: {error}"),
     }
+}
+
+// ---- Devices and transports -------------------------------------------------------------------------------
+
+/// A controller's state apart from its channels: a controller with those disks and channels, or an error.
+pub fn storage(data: &[u8]) {
+    match storage::restoring(data) {
+        Ok(restoring) => {
+            assert!((1..=65).contains(&restoring.channels()));
+            assert!(restoring.enable().is_err() || restoring.disks().is_empty());
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+/// A transport's state.
+pub fn transport(data: &[u8]) {
+    let checked = vmbus_unix::check_saved_transport(data);
+    if let Err(error) = checked {
+        assert!(!error.to_string().is_empty());
+    }
+}
+
+/// The state of a transport with a guest, to begin a corpus with. A real one takes two processes.
+#[must_use]
+pub fn transport_state() -> Vec<u8> {
+    let info = StreamInfo {
+        stream: StreamKind::TRANSPORT,
+        flags: HeaderFlags::default(),
+        interface_type: Guid::ZERO,
+        interface_instance: Guid::ZERO,
+        producer: Producer::new("corpus").unwrap(),
+        chunks: 0,
+        bytes: 0,
+        items: 1,
+    };
+    let kinds = saved_state::transport::KINDS;
+    let mut writer = StreamWriter::new(FormatVersion::NEWEST, info, kinds).unwrap();
+    let connection = TransportRecord {
+        guest: true,
+        connection_id: vec![7; 16],
+        epoch: 1,
+        posts: 5,
+        messages: 6,
+        doorbells: vec![1],
+        regions: 1,
+        ..TransportRecord::default()
+    };
+    let region = TransportRegionRecord {
+        len: 1 << 24,
+        inode: 9,
+        ..TransportRegionRecord::default()
+    };
+    let mut state = vec![0; 4096];
+    let mut filled = 0;
+    while !writer.is_ended() {
+        let room = &mut state[filled..];
+        let step = match writer.chunks() {
+            0 => writer.header(room),
+            1 => writer.record(&connection, room),
+            2 => writer.record(&region, room),
+            _ => writer.end(room),
+        };
+        let Step::Written { bytes } = step.unwrap() else { panic!("no room") };
+        filled += bytes;
+    }
+    state.truncate(filled);
+    state
 }

@@ -14,7 +14,7 @@ use kmcl::{Save, SaveStep};
 use saved_state::FormatVersion;
 use saved_state::file::FileWriter;
 use saved_state::inspect::{ALL_KINDS, What, inspect};
-use saved_state::testing::chunk_ranges;
+use saved_state::testing::{chunk_ranges, stream_ranges};
 use saved_state::text::Producer;
 use saved_state_tests::golden::STATES;
 use saved_state_tests::mutate::Dice;
@@ -127,15 +127,25 @@ fn begin_the_corpora() {
         };
         match target.name {
             "file" => {
-                for (at, few) in small.chunks(3).enumerate() {
+                let alone: Vec<_> = small
+                    .iter()
+                    .filter(|(name, _)| !name.starts_with("storage"))
+                    .cloned()
+                    .collect();
+                for (at, few) in alone.chunks(3).enumerate() {
                     put(&format!("file-{at}"), &file_of(few));
+                }
+                for (name, state) in small.iter().filter(|(name, _)| name.starts_with("storage")) {
+                    put(name, state);
                 }
                 put("file-empty", &file_of(&[]));
                 put(small[0].0, &small[0].1);
             }
             "record" => {
                 for (name, state) in &small {
-                    for (number, piece) in inspect(state, ALL_KINDS).enumerate().take(8) {
+                    let first = stream_ranges(state).pop().unwrap();
+                    let stream = &state[first];
+                    for (number, piece) in inspect(stream, ALL_KINDS).enumerate().take(8) {
                         let What::Record(record) = piece.what else { continue };
                         let kind = ALL_KINDS.iter().position(|info| info.kind == record.kind);
                         let mut bytes = vec![u8::try_from(kind.unwrap()).unwrap()];
@@ -151,9 +161,19 @@ fn begin_the_corpora() {
                 let of_it = small.iter().filter(|(name, _)| name.starts_with("bus"));
                 of_it.for_each(|(name, state)| put(name, state));
             }
+            "storage" => {
+                for (name, state) in small.iter().filter(|(name, _)| name.starts_with("storage")) {
+                    put(name, &state[stream_ranges(state)[1].clone()]);
+                }
+            }
+            "transport" => put("transport-nobody", &saved_state_tests::targets::transport_state()),
             "channel" | "round_trip" => {
-                let of_it = small.iter().filter(|(name, _)| !name.starts_with("bus"));
+                let other = |name: &str| name.starts_with("bus") || name.starts_with("storage");
+                let of_it = small.iter().filter(|(name, _)| !other(name));
                 of_it.for_each(|(name, state)| put(name, state));
+                for (name, state) in small.iter().filter(|(name, _)| name.starts_with("storage")) {
+                    put(name, &state[stream_ranges(state)[2].clone()]);
+                }
             }
             _ => small.iter().for_each(|(name, state)| put(name, state)),
         }
