@@ -11,7 +11,7 @@ mod common;
 
 use std::time::Duration;
 
-use vsp_storage::block::{Fate, IoOperation, IoOutcome, TestIo, TestStep};
+use vsp_storage::block::{Fate, IoOperation, IoOutcome, TestIo, TestStep, TestTime};
 use vstor_wire::scsi::cdb::{ByteCheck, CdbForm, Command, Extent};
 use vstor_wire::srb::{DataDirection, ScsiRequest, SrbStatus};
 
@@ -392,6 +392,46 @@ fn requests_that_cannot_be_cancelled_hold_the_save_back_and_say_when_they_are_do
     assert_eq!(world.answered().len(), 0, "the answers are held");
     frozen.thaw();
     succeeded(&world.finish(), &[2048, 2048], "");
+}
+
+#[test]
+fn freezes_that_end_at_once_lose_nothing() {
+    // In the system's time, so that requests finish, are cancelled and go on while channels thaw.
+    let mut world = World::with(TestTime::Real);
+    world.open_sub_channels(2);
+    world.medium.set_slots(12);
+    world.medium.choose_fates(|io| Fate {
+        parts: 3,
+        backwards: io.number.is_multiple_of(3),
+        can_cancel: !io.number.is_multiple_of(4),
+        ..Fate::after(Duration::from_micros(io.number * 37 % 400))
+    });
+    let mut expected = world.contents();
+    let mut asked = 0;
+    for round in 0..60u64 {
+        for slot in 0..30 {
+            let block = (round * 30 + slot) % 500 * 4;
+            let stamp = u8::try_from(round + 1).unwrap();
+            let channel = usize::try_from(slot % 3).unwrap();
+            let write = Command::write(block, 4, false);
+            world.ask_on(channel, write, DataDirection::Out, 2048, &[stamp; 2048]);
+            let at = usize::try_from(block * 512).unwrap();
+            expected[at..at + 2048].fill(stamp);
+            asked += 1;
+            if slot % 5 == 0 {
+                let frozen = world.controller().freeze().unwrap();
+                if slot % 10 == 0 {
+                    assert!(frozen.wait(Some(PATIENCE)));
+                }
+            }
+        }
+        world.finish();
+    }
+    let answers = world.finish();
+    assert_eq!(answers.len(), asked);
+    assert!(answers.iter().all(|(_, srb)| srb.srb_status == SrbStatus::SUCCESS));
+    assert!(world.contents() == expected);
+    assert_eq!(world.medium.overlaps(), 0);
 }
 
 #[test]
