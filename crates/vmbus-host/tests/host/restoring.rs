@@ -85,25 +85,27 @@ fn what_a_step_has_begun_is_done_before_the_bus_stands_still() {
     let (world, device) = World::connected(V5_3);
     whole_pages(1, RING, &PAGES).iter().for_each(|message| world.post(message));
     world.messages();
-    // A call of the port is under way on another thread; whoever holds the bus waits for it.
-    let (bus, held) = (world.bus.clone(), Arc::new(Mutex::new(None)));
-    let result = Arc::clone(&held);
+    // A call of the port is under way when another thread holds the bus: that waits for the call, and for
+    // what comes of it.
     let (called, wait) = std::sync::mpsc::channel();
-    let (holds, held_soon) = std::sync::mpsc::channel();
+    let bus = world.bus.clone();
     world.port.machine().during_listen = Some(Box::new(move || {
         called.send(()).unwrap();
-        held_soon.recv().unwrap();
+        while !matches!(bus.guest_message(&[]), Err(PostError::Busy { .. })) {
+            std::thread::yield_now();
+        }
     }));
+    let bus = world.bus.clone();
     let holder = std::thread::spawn(move || {
         wait.recv().unwrap();
-        holds.send(()).unwrap();
-        *result.lock().unwrap() = Some(bus.hold());
+        let held = bus.hold();
+        (bus.active_channels(), held)
     });
     world.post(&open(1, 0x77, RING, 0, 4));
-    holder.join().unwrap();
+    let (active, held) = holder.join().unwrap();
+    assert_eq!(active, 1, "the bus stood still in the middle of an open");
     drop(device.rings());
-    assert_eq!(world.bus.active_channels(), 1);
-    drop(held.lock().unwrap().take());
+    drop(held);
 
     // From inside of a call it does not wait for that call.
     let (bus, held) = (world.bus.clone(), Arc::new(Mutex::new(None)));
