@@ -60,7 +60,7 @@ impl Keeper {
             on_freeze: Mutex::new(Arc::new(hand_over)),
             on_size: Mutex::new(Arc::new(|_, pointer| Ok(u32::try_from(pointer % 1000).unwrap()))),
             on_save: Mutex::new(Arc::new(|_, pointer, buffer| {
-                buffer.fill(u8::try_from(pointer % 1000).unwrap());
+                buffer.fill(u8::try_from(pointer % 1000 % 256).unwrap());
                 Ok(u32::try_from(buffer.len()).unwrap())
             })),
             on_restore: Mutex::new(Arc::new(bring_back)),
@@ -325,4 +325,48 @@ impl std::io::Read for Trickle<'_> {
         let most = buffer.len().min(self.1);
         self.0.read(&mut buffer[..most])
     }
+}
+
+// ---- Moves --------------------------------------------------------------------------------------------
+
+/// A state with so many packets in flight, and the guest that has them.
+pub(crate) fn state_of(outgoing: usize) -> (Kept, Vec<u8>) {
+    let kept = Kept::paused();
+    (0..outgoing).for_each(|pointer| kept.send(pointer));
+    let state = saved(&kept.channel);
+    (kept, state)
+}
+
+/// The channel in another process: its rings have come, nothing is restored yet.
+pub(crate) fn successor(mut kept: Kept) -> Kept {
+    let next = kept.successor();
+    kept.channel.freeze().unwrap().move_away();
+    assert_eq!(kept.keeper.answers.take(), [], "they end elsewhere");
+    next.reopen(true);
+    next
+}
+
+/// A successor of a channel with so many packets, and its state.
+pub(crate) fn moved(outgoing: usize) -> (Kept, Vec<u8>) {
+    let (kept, state) = state_of(outgoing);
+    (successor(kept), state)
+}
+
+/// As a channel is before anything was restored, and after everything was undone.
+pub(crate) fn is_untouched(kept: &Kept, what: &str) {
+    assert_eq!(kept.channel.outgoing_in_use(), (0, 0), "{what}");
+    assert_eq!(kept.channel.incoming_outstanding(), 0, "{what}");
+    assert_eq!(kept.channel.stop_reason(), None, "{what}");
+}
+
+/// The guest completes all that is in its ring; the server starts and hears of it.
+pub(crate) fn all_complete(kept: &mut Kept) -> Vec<super::Answer> {
+    if kept.channel.state() != ChannelState::Active {
+        kept.start();
+    }
+    for read in kept.guest().read() {
+        kept.guest().complete(read.transaction_id, &[7; 8]);
+    }
+    kept.process();
+    kept.keeper.answers.take()
 }
