@@ -15,8 +15,8 @@ pub struct Golden {
     pub name: &'static str,
     /// What it is the state of, for the list that people read.
     pub about: &'static str,
-    /// Makes it.
-    pub make: fn() -> Vec<u8>,
+    /// Makes it; `None` for what takes a program and two processes.
+    pub make: Option<fn() -> Vec<u8>>,
     /// Restores it, and sees to it that what was in flight ends as it should.
     pub restore: fn(&[u8]),
 }
@@ -244,18 +244,24 @@ pub const STATES: &[Golden] = &[
             server.move_away()
         },
     ),
+    Golden {
+        name: "server-between-processes",
+        about: "a whole server, as `kmcl save` keeps it: transport, bus, controller, two channels with requests in flight",
+        make: None,
+        restore: storage::assert_is_a_server,
+    },
 ];
 
 const fn channel(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
-    Golden { name, about, make, restore: channel::assert_goes_on }
+    Golden { name, about, make: Some(make), restore: channel::assert_goes_on }
 }
 
 const fn bus(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
-    Golden { name, about, make, restore: bus::assert_goes_on }
+    Golden { name, about, make: Some(make), restore: bus::assert_goes_on }
 }
 
 const fn storage(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
-    Golden { name, about, make, restore: storage::assert_goes_on }
+    Golden { name, about, make: Some(make), restore: storage::assert_goes_on }
 }
 
 /// A channel with `count` requests, each with its own id, length and fate.
@@ -278,4 +284,9 @@ fn piped(payload: &[u8]) -> Vec<u8> {
     bytes.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
     bytes.extend(payload);
     bytes
+}
+
+/// Every state that is made here, with its name.
+pub fn made() -> impl Iterator<Item = (&'static str, Vec<u8>)> {
+    STATES.iter().filter_map(|golden| Some((golden.name, golden.make?())))
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use kmcl::bus::Bus;
 use kmcl::{Channel, Guid, SaveOptions};
-use saved_state::FormatVersion;
 use saved_state::channel::Fence;
 use saved_state::file::{FileReader, FileWriter};
+use saved_state::{FormatVersion, StreamKind};
 use vmbus_wire::packet::PacketKind;
 use vsp_storage::block::{TestMedium, TestTime};
 use vsp_storage::{
@@ -257,4 +257,37 @@ pub fn assert_goes_on(file: &[u8]) {
     drop(rings);
     controller.close();
     assert_eq!(bus.free_pages(), MEMORY_BYTES / 4096);
+}
+
+/// A whole file of a server between processes: transport, bus, controller, channels. Each stream is one that
+/// its owner takes; that the disks and the guest are not there is all that keeps it from going on.
+pub fn assert_is_a_server(file: &[u8]) {
+    let entries = saved_state::file::check(file, saved_state::inspect::ALL_KINDS).unwrap();
+    let mut reader = FileReader::new(file).unwrap();
+    let mut channels = 0;
+    while let Some(mut stream) = reader.next_stream().unwrap() {
+        let entry = stream.entry().clone();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        match entry.stream {
+            StreamKind::TRANSPORT => assert!(vmbus_unix::check_saved_transport(&bytes).unwrap()),
+            StreamKind::BUS => crate::bus::assert_goes_on(&bytes),
+            StreamKind::DEVICE => {
+                let config = ControllerConfig::new(entry.interface_instance);
+                let bus = HandBus::new(1 << 20) as Arc<dyn Bus>;
+                let driver = Arc::new(Hand::default());
+                let restoring = ScsiController::restoring(bus, driver, config, &bytes[..]).unwrap();
+                assert!(restoring.enable().is_err(), "its disks are not there");
+                assert_eq!(restoring.channels() as usize, entries.len() - 3);
+            }
+            _ => {
+                let parts = parts(&bytes).unwrap();
+                assert_eq!(parts.incoming.len() + parts.outgoing.len(), entry.items as usize);
+                assert!(parts.record.open);
+                channels += 1;
+            }
+        }
+    }
+    reader.finish().unwrap();
+    assert_eq!(channels, entries.len() - 3);
 }

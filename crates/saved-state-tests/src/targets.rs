@@ -194,8 +194,28 @@ struct Waiting {
     setup: (Setup, Standing),
 }
 
+/// Channels that wait at a time, each set up otherwise: making one takes longer than giving it a state.
+const WAITING_CHANNELS: usize = 8;
+
 std::thread_local! {
-    static WAITING: RefCell<Option<Waiting>> = const { RefCell::new(None) };
+    static WAITING: RefCell<Vec<Waiting>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The channel that waits with that setup.
+fn take_waiting(setup: &(Setup, Standing)) -> Option<Waiting> {
+    WAITING.with_borrow_mut(|waiting| {
+        let at = waiting.iter().position(|waiting| waiting.setup == *setup);
+        at.map(|at| waiting.remove(at))
+    })
+}
+
+/// Has a channel wait again; of too many, the one that has waited longest ends.
+fn put_waiting(one: Waiting) {
+    let over = WAITING.with_borrow_mut(|waiting| {
+        waiting.push(one);
+        (waiting.len() > WAITING_CHANNELS).then(|| waiting.remove(0))
+    });
+    drop(over);
 }
 
 /// Setups that a channel may ask for: as large as a fuzzer can afford.
@@ -230,8 +250,7 @@ fn setup_of(data: &[u8]) -> Option<(Setup, Standing)> {
 /// Restores `data` into a channel that is open, or was not opened; `act` is done with one that took it.
 fn restore_into_a_channel(data: &[u8], act: impl FnOnce(&Server, Rings, &[u8])) {
     let setup = setup_of(data).unwrap_or_default();
-    let kept = WAITING.take().filter(|waiting| waiting.setup == setup);
-    let Waiting { server, rings, setup } = kept.unwrap_or_else(|| {
+    let Waiting { server, rings, setup } = take_waiting(&setup).unwrap_or_else(|| {
         let server = Server::new(setup.0);
         let rings = Some(server.open(setup.1));
         Waiting { server, rings, setup }
@@ -244,7 +263,7 @@ fn restore_into_a_channel(data: &[u8], act: impl FnOnce(&Server, Rings, &[u8])) 
             assert!(!error.to_string().is_empty());
             server.assert_untouched(before);
             drop(server.take_ended()); // packets restored by a part of it were cancelled
-            WAITING.set(Some(Waiting { server, rings, setup }));
+            put_waiting(Waiting { server, rings, setup });
         }
         Ok(()) => {
             act(&server, rings.unwrap(), &data[..data.len() - rest.len()]);
@@ -345,11 +364,8 @@ pub fn transport_state() -> Vec<u8> {
         regions: 1,
         ..TransportRecord::default()
     };
-    let region = TransportRegionRecord {
-        len: 1 << 24,
-        inode: 9,
-        ..TransportRegionRecord::default()
-    };
+    let region =
+        TransportRegionRecord { len: 1 << 24, inode: 9, ..TransportRegionRecord::default() };
     let mut state = vec![0; 4096];
     let mut filled = 0;
     while !writer.is_ended() {

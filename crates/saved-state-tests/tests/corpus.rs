@@ -16,7 +16,7 @@ use saved_state::file::FileWriter;
 use saved_state::inspect::{ALL_KINDS, What, inspect};
 use saved_state::testing::{chunk_ranges, stream_ranges};
 use saved_state::text::Producer;
-use saved_state_tests::golden::STATES;
+use saved_state_tests::golden::made;
 use saved_state_tests::mutate::Dice;
 use saved_state_tests::targets::{TARGETS, Target};
 
@@ -114,7 +114,7 @@ fn file_of(states: &[(&str, Vec<u8>)]) -> Vec<u8> {
 #[test]
 #[ignore = "writes files: for a new target, or new records"]
 fn begin_the_corpora() {
-    let states: Vec<_> = STATES.iter().map(|golden| (golden.name, (golden.make)())).collect();
+    let states: Vec<_> = made().collect();
     let small: Vec<_> =
         states.iter().filter(|(_, state)| state.len() <= ENTRY_BYTES).cloned().collect();
     for target in TARGETS {

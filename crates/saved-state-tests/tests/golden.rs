@@ -52,8 +52,9 @@ fn nothing_is_wrong_with_any_of_them() {
 #[test]
 fn every_state_can_be_made_and_restored() {
     for golden in STATES {
+        let Some(make) = golden.make else { continue };
         eprintln!("{}", golden.name);
-        (golden.restore)(&(golden.make)());
+        (golden.restore)(&make());
     }
 }
 
@@ -80,8 +81,10 @@ fn every_file_has_a_row_and_every_row_a_file() {
 fn make_what_is_missing() {
     for golden in STATES {
         let path = path_of(golden);
-        if !path.exists() {
-            fs::write(&path, (golden.make)()).unwrap();
+        if !path.exists()
+            && let Some(make) = golden.make
+        {
+            fs::write(&path, make()).unwrap();
             println!("| `{}` | {} |", golden.name, golden.about);
         }
     }

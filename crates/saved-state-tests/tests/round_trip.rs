@@ -3,14 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at its first surprise")]
 
 use saved_state_tests::channel::{assert_same, parts, restore};
-use saved_state_tests::golden::STATES;
+use saved_state_tests::golden::made;
 
 #[test]
 fn a_channel_that_was_restored_saves_what_it_was_restored_from() {
     let other = |name: &str| name.starts_with("bus") || name.starts_with("storage");
-    for golden in STATES.iter().filter(|golden| !other(golden.name)) {
-        println!("{}", golden.name);
-        let state = (golden.make)();
+    for (name, state) in made().filter(|(name, _)| !other(name)) {
+        println!("{name}");
         let (server, _rings) = restore(&state).unwrap();
         let again = server.save();
         assert_same(&parts(&state).unwrap(), &parts(&again).unwrap());
