@@ -24,16 +24,22 @@ const BAD_BLOCK: u64 = 13;
 const TICK: Duration = Duration::from_micros(1);
 
 /// A medium whose requests end as chance has it.
-pub(crate) fn new_medium(mut rng: Rng) -> TestMedium {
+pub(crate) fn new_medium(mut rng: Rng, is_slow: bool) -> TestMedium {
     let bytes = BLOCKS * u64::from(BLOCK_BYTES);
     let medium = TestMedium::new(bytes, TestTime::Simulated).expect("memory for a disk");
-    medium.set_slots([2, 8, 256][rng.index(3)]);
-    medium.choose_fates(move |io| fate(&mut rng, io));
+    let slots = [2, 8, 256][rng.index(3)];
+    medium.set_slots(if is_slow { 256 } else { slots });
+    medium.choose_fates(move |io| fate(&mut rng, is_slow, io));
     medium
 }
 
-fn fate(rng: &mut Rng, io: &TestIo) -> Fate {
-    let ticks = u32::try_from(rng.delay()).unwrap_or(0);
+fn fate(rng: &mut Rng, is_slow: bool, io: &TestIo) -> Fate {
+    let ticks = match is_slow {
+        false => rng.delay(),
+        true if rng.once_in(4) => rng.between(1000, 4000),
+        true => rng.between(5, 60),
+    };
+    let ticks = u32::try_from(ticks).unwrap_or(0);
     let bad = BAD_BLOCK * u64::from(BLOCK_BYTES);
     let hits_bad_block = (io.offset..io.offset + io.bytes).contains(&bad);
     let result = match io.operation {
@@ -45,7 +51,7 @@ fn fate(rng: &mut Rng, io: &TestIo) -> Fate {
         parts: if result.is_err() { 1 } else { u32::try_from(rng.between(1, 3)).unwrap_or(1) },
         backwards: rng.once_in(2),
         result,
-        can_cancel: !rng.once_in(3),
+        can_cancel: !rng.once_in(3) && !is_slow,
         ..Fate::after(TICK * ticks)
     }
 }

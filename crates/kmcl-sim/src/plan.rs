@@ -34,6 +34,8 @@ pub struct Plan {
     pub sockets: u32,
     /// At its end the guest leaves the bus without closing its channels first.
     pub hurried: bool,
+    /// Some requests of the disk take very long, all run at once, and none lets itself be cancelled.
+    pub slow_disk: bool,
     /// The trace is kept.
     pub traced: bool,
 }
@@ -67,6 +69,7 @@ impl Plan {
             withdrawals: 2,
             sockets: 3,
             hurried: rng.once_in(2),
+            slow_disk: false,
             traced: false,
         }
     }

@@ -88,7 +88,7 @@ impl World {
         let log = Log::new(Trace::new(plan.traced));
         let memory = GuestMemory::memfd(PAGES * 4096).expect("memory for a guest");
         let wires = Wires::new(memory.clone(), &log, rng.fork());
-        let medium = disk::new_medium(rng.fork());
+        let medium = disk::new_medium(rng.fork(), plan.slow_disk);
         let guest = Guest::new(&plan, &log, &wires, &memory, &mut rng);
         let host = Host::new(&plan, &log, &wires, &medium, &mut rng);
         Self {

@@ -11,6 +11,7 @@ fn plan(seed: u64) -> Plan {
     let mut plan = Plan::small(seed);
     plan.storage_requests = 60;
     plan.storage_depth = 16;
+    plan.slow_disk = true;
     plan
 }
 
