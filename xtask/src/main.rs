@@ -3,8 +3,10 @@
 //! One file per command; `test` is a table of steps, one file per family of steps.
 
 mod bench;
+mod conformance;
 mod docs;
 mod fuzz;
+mod install;
 mod readme;
 mod run;
 mod test;
@@ -57,6 +59,17 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Run the C interface's conformance programs and print the rows passed for each function
+    Conformance,
+    /// Install the C interface: headers, libraries, pkg-config file
+    Install {
+        /// Where to
+        #[arg(long, value_name = "FOLDER", default_value = "/usr/local")]
+        prefix: PathBuf,
+        /// Take the libraries of this folder, and build none
+        #[arg(long, value_name = "FOLDER")]
+        libraries: Option<PathBuf>,
+    },
     /// Build the API documentation, the man page and the shell completions, all below target/
     Docs,
 }
@@ -74,6 +87,11 @@ fn main() -> ExitCode {
             .and_then(|workspace| bench::run(&workspace, &package, save.as_deref())),
         Command::Fuzz { target, time, keep } => Workspace::load()
             .and_then(|workspace| fuzz::fuzz(&workspace, target.as_deref(), time, keep)),
+        Command::Conformance => {
+            Workspace::load().and_then(|workspace| conformance::run_all(&workspace))
+        }
+        Command::Install { prefix, libraries } => Workspace::load()
+            .and_then(|workspace| install::install(&workspace, &prefix, libraries.as_deref())),
         Command::Docs => Workspace::load().and_then(|workspace| docs::build(&workspace)),
     };
     match outcome {
