@@ -9,14 +9,19 @@
 
 mod common;
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vsp_storage::block::{Fate, IoOperation, IoOutcome, TestIo, TestStep, TestTime};
+use rustix::event::{EventfdFlags, eventfd};
+use vsp_storage::block::{
+    Backend, Fate, IoDone, IoOperation, IoOutcome, IoRequest, TestIo, TestStep, TestTime,
+};
 use vstor_wire::scsi::cdb::{ByteCheck, CdbForm, Command, Extent};
 use vstor_wire::srb::{DataDirection, ScsiRequest, SrbStatus};
 
 use common::PATIENCE;
-use common::world::{BUFFER_BYTES, World, save};
+use common::world::{BUFFER_BYTES, World, disk, save};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -357,8 +362,6 @@ fn a_flush_that_waits_for_writes_still_does() {
 
 #[test]
 fn requests_that_cannot_be_cancelled_hold_the_save_back_and_say_when_they_are_done() {
-    use std::os::fd::AsFd;
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     struct Count(AtomicUsize);
@@ -432,6 +435,91 @@ fn freezes_that_end_at_once_lose_nothing() {
     assert!(answers.iter().all(|(_, srb)| srb.srb_status == SrbStatus::SUCCESS));
     assert!(world.contents() == expected);
     assert_eq!(world.medium.overlaps(), 0);
+}
+
+/// A back end that takes its time to say that something was cancelled.
+struct Late {
+    event: OwnedFd,
+    requests: Mutex<Vec<(IoRequest, bool)>>,
+}
+
+impl Late {
+    fn release(&self) {
+        rustix::io::write(&self.event, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    /// How many are with it, and how many of those it was asked for.
+    fn count(&self) -> (usize, usize) {
+        let requests = self.requests.lock().unwrap();
+        (requests.len(), requests.iter().filter(|(_, wanted)| *wanted).count())
+    }
+}
+
+impl Backend for Late {
+    fn bytes(&self) -> u64 {
+        1 << 20
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn submit(&self, requests: &mut Vec<IoRequest>, _: &mut Vec<IoDone>) {
+        self.requests.lock().unwrap().extend(requests.drain(..).map(|request| (request, false)));
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.event.as_fd())
+    }
+
+    fn cancel(&self, wanted: &dyn Fn(u64) -> bool, _: &mut Vec<IoDone>) {
+        for (request, is_wanted) in self.requests.lock().unwrap().iter_mut() {
+            *is_wanted |= wanted(request.token);
+        }
+    }
+
+    fn reap(&self, done: &mut Vec<IoDone>) {
+        if rustix::io::read(&self.event, &mut [0; 8]).is_err() {
+            return;
+        }
+        for (request, is_wanted) in self.requests.lock().unwrap().drain(..) {
+            let outcome = match is_wanted {
+                true => IoOutcome::Cancelled { moved: 1024 },
+                false => IoOutcome::Done(Ok(())),
+            };
+            done.push(IoDone { request, outcome });
+        }
+    }
+}
+
+#[test]
+fn a_request_that_turns_out_to_be_cancelled_after_the_thaw_goes_on() {
+    let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+    let late = Arc::new(Late { event, requests: Mutex::default() });
+    let mut world = World::new();
+    world.controller().detach(common::LUN0).unwrap();
+    world.controller().attach(common::LUN0, disk(late.clone())).unwrap();
+    let number = world.write(100, 8, 1);
+    common::until("it never came", || {
+        world.process();
+        late.count() == (1, 0)
+    });
+    let frozen = world.controller().freeze().unwrap();
+    assert!(!frozen.wait(Some(MS)));
+    assert_eq!(late.count(), (1, 1));
+    frozen.thaw();
+    late.release();
+    common::until("it never goes on", || late.count() == (1, 0));
+    {
+        let requests = late.requests.lock().unwrap();
+        let (request, _) = &requests[0];
+        assert_eq!((request.offset, request.bytes), (100 * 512 + 1024, 4096 - 1024));
+    }
+    assert_eq!(world.answered().len(), 0);
+    late.release();
+    common::until("it is not answered", || world.answered().len() == 1);
+    succeeded(&world.answered(), &[4096], "");
+    assert_eq!(world.answered()[0].0, number);
 }
 
 #[test]

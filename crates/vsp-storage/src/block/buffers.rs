@@ -235,7 +235,7 @@ impl Buffers {
     }
 
     /// Takes all steps back: the whole is to be moved again.
-    pub(crate) fn rewind(&mut self) {
+    pub(super) fn rewind(&mut self) {
         self.used = 0;
         self.vectors.clear();
         let Some(memory) = &self.memory else {

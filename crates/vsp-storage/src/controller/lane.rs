@@ -329,20 +329,38 @@ fn external_data(
     })
 }
 
+/// Why the external data of a packet is not at hand. Small: it is judged for each request.
+#[derive(Clone, Copy)]
+pub(super) enum NoData {
+    /// It has to be brought in first.
+    Absent,
+    Refused,
+}
+
+impl From<NoData> for Verdict {
+    fn from(why: NoData) -> Self {
+        match why {
+            NoData::Absent => Self::Redeliver,
+            NoData::Refused => Self::Answer(Answer::invalid_request()),
+        }
+    }
+}
+
 /// The external data of a packet, if it has some.
+#[inline]
 pub(super) fn find_data(
     packet: &IncomingPacket,
     direction: DataDirection,
-) -> Result<Option<ExternalData<'_>>, Verdict> {
+) -> Result<Option<ExternalData<'_>>, NoData> {
     if !packet.has_external_data() {
         return Ok(None);
     }
     match external_data(packet, direction) {
         Ok(data) => Ok(Some(data)),
-        Err(Error::Pending) => Err(Verdict::Redeliver),
+        Err(Error::Pending) => Err(NoData::Absent),
         Err(error) => {
             tracing::debug!(%error, "data of a SCSI request refused");
-            Err(Verdict::Answer(Answer::invalid_request()))
+            Err(NoData::Refused)
         }
     }
 }
@@ -362,7 +380,7 @@ fn judge(
     };
     let external = match find_data(packet, direction) {
         Ok(external) => external,
-        Err(verdict) => return Some(verdict),
+        Err(why) => return Some(why.into()),
     };
     let external = external.as_ref();
     let buffer = GuestData(external);

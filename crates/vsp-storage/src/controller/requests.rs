@@ -94,7 +94,7 @@ pub(super) struct Slot(u32);
 pub(super) enum Outcome {
     /// It has ended.
     Ended(Ended),
-    /// It goes on: with its next range, or with what it was asked back for nothing.
+    /// It goes on with its next range.
     Again(Arc<Lun>, IoRequest),
     /// It waits for the thaw.
     Settled(Settled),
@@ -217,11 +217,7 @@ impl Requests {
                 }
             },
             IoOutcome::Done(Err(error)) => Err(error),
-            IoOutcome::NeverStarted | IoOutcome::Cancelled { .. } if !is_frozen => {
-                // It thawed meanwhile.
-                request.buffers.rewind();
-                return Some(Outcome::Again(Arc::clone(&in_flight.lun), request));
-            }
+            // Where the channel has thawed meanwhile, it will say so.
             IoOutcome::NeverStarted => return self.settle(slot, request, 0),
             IoOutcome::Cancelled { moved } => {
                 in_flight.progress.was_begun = true;

@@ -198,7 +198,7 @@ fn judge_again(
     check_note(&note, srb, cdb)?;
     let external = match find_data(packet, direction) {
         Ok(external) => external,
-        Err(verdict) => return Ok(verdict),
+        Err(why) => return Ok(why.into()),
     };
     let external = external.as_ref();
     let buffer = GuestData(external);
