@@ -114,12 +114,13 @@ impl Channel {
             tracing::error!(call, "ignored: called in a packet callback");
             return;
         }
-        if request == Event::Disable {
-            self.end_hold();
-        }
         let ticket = self.shared.mailbox.post_request(request);
         loop {
             let seen = self.shared.mailbox.rung();
+            if request == Event::Disable {
+                // Each time: another thread may have frozen the channel once more meanwhile.
+                self.end_hold();
+            }
             self.drive_unless_driven();
             let done = {
                 let control = lock(&self.shared.control);
@@ -130,6 +131,9 @@ impl Channel {
                 return;
             }
             if self.shared.hold.is_held() {
+                if request == Event::Disable {
+                    continue;
+                }
                 tracing::debug!(call, "waits for the end of a freeze or a save");
                 return;
             }
