@@ -60,7 +60,7 @@ pub(super) struct Moved {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Move {
     /// Requests that the guest had sent and that had not ended for it, while the server stood still.
-    in_flight_of_guest: usize,
+    in_flight_of_guest: u64,
     /// Requests that the server had taken and not answered, in the saved state; of these:
     in_flight: u64,
     never_started: u64,
@@ -126,6 +126,7 @@ pub(super) fn run(
         socket: place.socket,
         disks: place.disks,
         stop: &stop,
+        depth: usize::from(arguments.depth),
         in_flight: &in_flight,
         restoring,
     };
@@ -202,21 +203,23 @@ fn show(this: &Move, before: usize, output: &Output) -> Result<()> {
     let ms = |micros: u64| format!("{:.1} ms", Duration::from_micros(micros).as_secs_f64() * 1e3);
     if before == 0 {
         output.step(format_args!(
-            "{:>4} {:>9} {:>8} {:>9} {:>8} {:>9} {:>9} {:>12}",
+            "{:>4} {:>9} {:>8} {:>7} {:>9} {:>8} {:>10} {:>8} {:>8}",
             "move",
             "in flight",
+            "in rings",
             "unbegun",
             "cancelled",
             "finished",
             "buffers",
-            "saved",
-            "first answer"
+            "saved in",
+            "answers"
         ))?;
     }
+    let in_flight = this.in_flight_of_guest.max(this.in_flight);
     output.step(format_args!(
-        "{:>4} {:>9} {:>8} {:>9} {:>8} {:>9} {:>9} {:>12}",
+        "{:>4} {in_flight:>9} {:>8} {:>7} {:>9} {:>8} {:>10} {:>8} {:>8}",
         before + 1,
-        this.in_flight,
+        in_flight - this.in_flight,
         this.never_started,
         this.cancelled,
         this.finished,

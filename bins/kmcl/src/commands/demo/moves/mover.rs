@@ -21,6 +21,12 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// How long requests that run may take to settle.
 const SETTLE: Duration = Duration::from_secs(10);
 
+/// One move in so many is made at any moment, the others when the guest has much in flight.
+const ANY_MOMENT: u64 = 4;
+
+/// How long a move waits for that.
+const LOAD_PATIENCE: Duration = Duration::from_millis(200);
+
 /// One save in so many is given up before it is made again.
 const GIVEN_UP: u64 = 4;
 
@@ -44,6 +50,8 @@ pub(super) struct Mover<'a> {
     pub(super) socket: &'a Path,
     pub(super) disks: &'a [&'a Path],
     pub(super) stop: &'a AtomicBool,
+    /// Most requests that the guest has in flight.
+    pub(super) depth: usize,
     /// Requests that the guest has in flight.
     pub(super) in_flight: &'a AtomicUsize,
     pub(super) restoring: Sender<Restoring>,
@@ -58,12 +66,26 @@ impl Mover<'_> {
         let state = self.work.join("server.state");
         for _ in 0..self.moves {
             self.pause(Duration::from_micros(dice.below(micros(self.longest) + 1)));
+            if dice.below(ANY_MOMENT) != 0 {
+                self.wait_for_load();
+            }
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
             server = self.move_once(server, &state, &mut dice)?;
         }
         Ok(server)
+    }
+
+    /// Waits a little for the guest to have much in flight.
+    fn wait_for_load(&self) {
+        let until = Instant::now() + LOAD_PATIENCE;
+        while !self.stop.load(Ordering::Relaxed)
+            && self.in_flight.load(Ordering::Relaxed) < self.depth / 4 * 3
+            && Instant::now() < until
+        {
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     fn pause(&self, length: Duration) {
@@ -93,7 +115,7 @@ impl Mover<'_> {
         drop(frozen);
         let packets = count_packets(state)?;
         let this = Move {
-            in_flight_of_guest,
+            in_flight_of_guest: in_flight_of_guest as u64,
             in_flight: packets.never_started + packets.cancelled + packets.finished,
             never_started: packets.never_started,
             cancelled: packets.cancelled,

@@ -26,6 +26,10 @@ const BURST: usize = 256;
 /// One request in so many is a read.
 const READS: u64 = 3;
 
+/// One write in so many is to be on the medium before it is answered, which takes a disk a while: so there
+/// are always requests in flight, however fast the rest is.
+const THROUGH: u64 = 4;
+
 /// How long the server may bring nothing while requests are in flight, and is not being moved.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -117,8 +121,11 @@ impl<'a> Workload<'a> {
         let lba = extent.offset / u64::from(self.disk.block_bytes);
         let count = bytes / self.disk.block_bytes;
         let is_read = self.dice.below(READS) == 0;
-        let command =
-            if is_read { Command::read(lba, count) } else { Command::write(lba, count, false) };
+        let command = if is_read {
+            Command::read(lba, count)
+        } else {
+            Command::write(lba, count, self.dice.below(THROUGH) == 0)
+        };
         let cdb = command.encode().map_err(vsc_storage::Error::from)?;
         let request = Request::new(self.disk.address, cdb);
         let (operation, request) = if is_read {
