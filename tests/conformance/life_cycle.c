@@ -1,6 +1,15 @@
 /* The life of a channel: sections 3 and 5. */
 #include "check.h"
 
+static NTSTATUS pnp_status;
+static sem_t pnp_failed;
+
+static VOID pnp_failure(VMBCHANNEL channel, NTSTATUS status)
+{
+    pnp_status = channel == client.channel ? status : STATUS_SUCCESS;
+    sem_post(&pnp_failed);
+}
+
 #define LOG(side, expected) (strcmp((side).log, expected) == 0)
 
 static VOID clear(SIDE *side)
@@ -52,6 +61,7 @@ int main(void)
     await(&server.active);
     ROW(EvtVmbChannelStarted, "D-2-D-9-order", LOG(server, "OSP"));
     await_state(&server, KmclChannelActive);
+    ROW(EvtVmbChannelPostStarted, "D-9-last", LOG(server, "OSP"));
     ROW(VmbChannelPause, "D-12-in-callback", LOG(server, "OSP"));
     ROW(VmbChannelCleanup, "D-12-in-callback", KmclChannelGetState(server.channel) == KmclChannelActive);
     ROW(EvtVmbChannelOpened, "passive-level", server.irql == PASSIVE_LEVEL && client.irql == PASSIVE_LEVEL);
@@ -66,6 +76,7 @@ int main(void)
 
     clear(&server);
     k.VmbChannelPause(server.channel);
+    ROW(EvtVmbChannelSuspend, "D-7-on-the-server", LOG(server, "U"));
     ROW(VmbChannelPause, "D-7-suspend", LOG(server, "U") && KmclChannelGetState(server.channel) == KmclChannelPaused);
     k.VmbChannelStart(server.channel);
     await(&server.active);
@@ -74,6 +85,7 @@ int main(void)
     clear(&server);
     clear(&client);
     k.VmbChannelDisable(client.channel);
+    ROW(EvtVmbChannelSuspend, "D-7-on-the-client", LOG(client, "UC"));
     ROW(VmbChannelDisable, "client", LOG(client, "UC") && KmclChannelGetState(client.channel) == KmclChannelDisabled);
     await(&server.closed);
     await_state(&server, KmclChannelClosed);
@@ -118,8 +130,12 @@ int main(void)
     clear(&server);
     clear(&client);
     server.opened_status = STATUS_UNSUCCESSFUL;
+    NEED(sem_init(&pnp_failed, 0, 0) == 0);
+    NEED(k.VmbClientChannelInitSetTargetPnp(client.channel, &TYPE, NULL, pnp_failure) == STATUS_SUCCESS);
     NEED(k.VmbChannelEnable(client.channel) == STATUS_SUCCESS);
     await_state(&client, KmclChannelDisabled);
+    await(&pnp_failed);
+    ROW(EvtVmbChannelPnpFailure, "open-refused", pnp_status == STATUS_UNSUCCESSFUL);
     ROW(EvtVmbChannelOpened, "D-3", LOG(server, "O") && LOG(client, ""));
 
     server.opened_status = STATUS_SUCCESS;

@@ -138,6 +138,7 @@ int main(void)
     k.VmbChannelPause(server.channel);
     ROW(VmbChannelPause, "D-11-outgoing-stay", sent[0].status == 0 && held_count == PACKETS);
 
+    ROW(VmbChannelSaveEnd, "D-17-without-begin", KmclChannelGetState(server.channel) == KmclChannelPaused);
     ROW(VmbChannelSaveBegin, "page", k.VmbChannelSaveBegin(server.channel) == STATUS_SUCCESS);
     ROW(VmbChannelSaveBegin, "D-17-twice", k.VmbChannelSaveBegin(server.channel) == STATUS_INVALID_DEVICE_STATE);
     filled = required = 7;
@@ -148,6 +149,7 @@ int main(void)
     k.VmbChannelSaveEnd(server.channel);
 
     bytes = save_all(server.channel, state, sizeof state, 16);
+    ROW(VmbChannelSaveEnd, "ends", k.VmbChannelSaveContinue(server.channel, again, sizeof again, &filled, &required) == STATUS_INVALID_DEVICE_STATE);
     ROW(VmbChannelSaveContinue, "D-14-loop", bytes != 0);
     ROW(EvtVmbChannelSavePacket, "D-23-query", queries_null == PACKETS - 1);
     ROW(EvtVmbChannelSavePacket, "once-each", saves == PACKETS - 1);

@@ -53,6 +53,8 @@ int main(void)
     ROW(VmbPacketAllocate, "page", packet != NULL && (ULONG_PTR)packet >> 63 == 1);
     ROW(VmbPacketAllocate, "null-channel", k.VmbPacketAllocate(NULL) == NULL);
     ROW(VmbPacketGetChannel, "page", k.VmbPacketGetChannel(packet) == client.channel);
+    ROW(VmbPacketSetPointer, "page", (k.VmbPacketSetPointer(packet, NULL), k.VmbPacketGetPointer(packet) == NULL));
+    k.VmbPacketSetPointer(packet, &sent);
     ROW(VmbPacketGetPointer, "page", k.VmbPacketGetPointer(packet) == &sent);
     ROW(VmbPacketSend, "D-33-disabled", k.VmbPacketSend(packet, message, 8, NULL, 0) == STATUS_DEVICE_REMOVED);
     ROW(VmbPacketSend, "D-33-disabled-4GiB-1", k.VmbPacketSend(packet, message, 0xffffffffu, NULL, 0) == STATUS_DEVICE_REMOVED);
@@ -138,6 +140,7 @@ int main(void)
     ROW(VmbPacketSend, "no-routine-yet", k.VmbPacketSend(own, message, 8, NULL, WAIT) == STATUS_INVALID_PARAMETER_1);
     k.VmbPacketSetPointer(own, &sent);
     k.VmbPacketSetCompletionRoutine(own, note_sent);
+    ROW(VmbPacketSetCompletionRoutine, "null-changes-nothing", (k.VmbPacketSetCompletionRoutine(own, NULL), 1));
     ROW(VmbPacketSend, "own-memory", k.VmbPacketSend(own, message, 8, NULL, WAIT) == STATUS_SUCCESS);
     await(&sent.done);
     k.VmbPacketFree(own); /* forbidden: ignored (D-50) */
@@ -162,6 +165,7 @@ int main(void)
     k.VmbPacketSetCompletionRoutine(packet, send_again);
     NEED(k.VmbPacketSend(packet, message, 8, NULL, WAIT) == STATUS_SUCCESS);
     await(&sent.done);
+    ROW(VmbPacketSetCompletionRoutine, "another-routine", sent.length == 4);
     ROW(EvtVmbPacketCompletionRoutine, "sends-again-and-frees", sent.status == STATUS_SUCCESS && sent.length == 4 && k.VmbPacketGetChannel(packet) == NULL);
 
     /* A packet in flight ends when the channel goes down. */
