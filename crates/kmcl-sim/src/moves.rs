@@ -379,6 +379,12 @@ pub enum Damage {
 impl Damage {
     /// Every kind, for tables.
     pub const ALL: [Self; 4] = [Self::Bit, Self::CutOff, Self::Dropped, Self::Doubled];
+
+    /// One of them.
+    #[must_use]
+    pub fn any(rng: &mut Rng) -> Self {
+        Self::ALL[rng.index(Self::ALL.len())]
+    }
 }
 
 /// Where each chunk of a stream ends.

@@ -8,6 +8,10 @@ use kmcl_sim::{Outcome, Plan, World};
 pub(crate) struct Seed(u64);
 
 impl Seed {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     pub(crate) fn get(&self) -> u64 {
         self.0
     }
