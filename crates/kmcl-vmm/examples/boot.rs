@@ -54,7 +54,10 @@ fn main() -> Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let mut arguments = std::env::args().skip(1);
     let mut next = || arguments.next();
-    let kernel = PathBuf::from(next().ok_or("no kernel")?);
+    let Some(kernel) = next().map(PathBuf::from) else {
+        println!("boot KERNEL INITRD COMMAND_LINE [DISK [PROCESSORS [kernel|user]]]");
+        return Ok(());
+    };
     let initrd = PathBuf::from(next().ok_or("no initrd")?);
     let command_line = next().ok_or("no command line")?;
     let disk = next();

@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::error::Error;
 use crate::layout::{
     ACPI, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_BYTES, HIGH_RAM, KERNEL, LOW_RAM_END,
+    RESET_VECTOR,
 };
 use crate::memory::Ram;
 
@@ -35,6 +36,13 @@ pub struct BootConfig {
     /// The kernel's command line.
     pub command_line: String,
 }
+
+/// All the firmware there is: asks the keyboard controller for a reset.
+const RESET_CODE: [u8; 5] = [
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al
+    0xf4, // hlt
+];
 
 /// Memory that a guest may use, and that it must leave alone.
 const RAM: u32 = 1;
@@ -80,6 +88,9 @@ pub(crate) fn load(ram: &Ram, config: &BootConfig, vps: u32) -> Result<u64, Erro
     LinuxBootConfigurator::write_bootparams(&params, &*ram.map)
         .map_err(|error| Error::Memory(error.to_string()))?;
     processor::write_tables(&ram.map)?;
+    ram.map
+        .write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))
+        .map_err(|error| Error::Memory(error.to_string()))?;
     Ok(entry)
 }
 

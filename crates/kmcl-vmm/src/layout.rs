@@ -23,6 +23,8 @@ pub(crate) const COMMAND_LINE_BYTES: usize = 4096;
 pub(crate) const LOW_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables, up to the kernel.
 pub(crate) const ACPI: u64 = 0xe_0000;
+/// Where firmware begins: a kernel that has tried everything else to reset the machine jumps there.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where a kernel is loaded.
 pub(crate) const KERNEL: u64 = 0x10_0000;
 /// Where the gap below 4 GiB begins; RAM that does not fit goes on behind it.
@@ -43,6 +45,8 @@ pub(crate) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub(crate) const SERIAL: u16 = 0x3f8;
 /// Its interrupt.
 pub(crate) const SERIAL_GSI: u32 = 4;
+/// Where a PC's clock would be read.
+pub(crate) const CMOS_DATA: u16 = 0x71;
 /// The keyboard controller's command port: 0xfe resets the machine.
 pub(crate) const KEYBOARD_COMMAND: u16 = 0x64;
 /// Written to sleep, and to power off.

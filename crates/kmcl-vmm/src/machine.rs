@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::boot::{self, BootConfig};
 use crate::error::Error;
 use crate::layout::{
-    KEYBOARD_COMMAND, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL, SERIAL_GSI,
+    CMOS_DATA, KEYBOARD_COMMAND, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL, SERIAL_GSI,
     SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_OFF,
 };
 use crate::memory::Ram;
@@ -328,7 +328,8 @@ fn handle(vp: &Vp, exit: VcpuExit<'_>, shared: &Shared) -> Then {
 fn read_port(port: u16, data: &mut [u8], shared: &Shared) {
     let value = match port {
         SERIAL..=0x3ff => shared.console.read(u8::try_from(port - SERIAL).unwrap_or(0)),
-        SLEEP_STATUS | KEYBOARD_COMMAND => 0,
+        // A kernel that looks for a clock in spite of the tables must not wait for its update to end.
+        SLEEP_STATUS | KEYBOARD_COMMAND | CMOS_DATA => 0,
         _ => 0xff,
     };
     data.fill(value);

@@ -5,6 +5,8 @@ mod style;
 mod suites;
 mod tools;
 
+pub(crate) use tools::install_packages;
+
 use std::time::Instant;
 
 use crate::run::{Failure, say};

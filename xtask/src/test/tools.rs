@@ -6,23 +6,18 @@ use std::process::Command;
 use crate::run::{Failure, run, say, succeeds};
 use crate::workspace::Workspace;
 
-/// A program that a Debian package brings.
-struct SystemTool {
-    program: &'static str,
-    package: &'static str,
-}
-
-const SYSTEM_TOOLS: &[SystemTool] = &[
+/// Programs, and the Debian packages that bring them.
+const SYSTEM_TOOLS: &[(&str, &str)] = &[
     // The demo and its tests make a real ext4 file system and check it afterwards.
-    SystemTool { program: "mkfs.ext4", package: "e2fsprogs" },
-    SystemTool { program: "e2fsck", package: "e2fsprogs" },
+    ("mkfs.ext4", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
 ];
 
 /// Where programs for the administrator live; not in everybody's `PATH`.
 const ADMIN_FOLDERS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 pub(super) fn install(workspace: &Workspace) -> Result<(), Failure> {
-    system_tools()?;
+    install_packages(SYSTEM_TOOLS)?;
     for (component, probe) in [("rustfmt", "fmt"), ("clippy", "clippy")] {
         if !succeeds(&mut workspace.cargo([probe, "--version"])) {
             say(&format!("installing the Rust component {component}"));
@@ -36,12 +31,10 @@ pub(super) fn install(workspace: &Workspace) -> Result<(), Failure> {
     Ok(())
 }
 
-fn system_tools() -> Result<(), Failure> {
-    let mut packages: Vec<_> = SYSTEM_TOOLS
-        .iter()
-        .filter(|tool| !is_installed(tool.program))
-        .map(|tool| tool.package)
-        .collect();
+/// Installs the packages of those programs that are not there.
+pub(crate) fn install_packages(programs: &[(&str, &'static str)]) -> Result<(), Failure> {
+    let missing = programs.iter().filter(|(program, _)| !is_installed(program));
+    let mut packages: Vec<_> = missing.map(|(_, package)| *package).collect();
     packages.dedup();
     if packages.is_empty() {
         return Ok(());

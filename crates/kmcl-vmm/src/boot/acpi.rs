@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::error::Error;
 use crate::layout::{
-    ACPI, IO_APIC, KERNEL, LOCAL_APIC, RESET, RESET_VALUE, SERIAL, SERIAL_GSI, SLEEP_CONTROL,
+    ACPI, IO_APIC, LOCAL_APIC, RESET, RESET_VALUE, RESET_VECTOR, SERIAL, SERIAL_GSI, SLEEP_CONTROL,
     SLEEP_STATUS, SLEEP_TYPE_OFF,
 };
 
@@ -84,7 +84,7 @@ pub(crate) fn write(memory: &GuestMemoryMmap, vps: u32) -> Result<u64, Error> {
     let xsdt = tables.add(&xsdt);
     let root = tables.add(&Rsdp::new(OEM, xsdt));
 
-    let (bytes, room) = (tables.bytes.len() as u64, KERNEL - ACPI);
+    let (bytes, room) = (tables.bytes.len() as u64, RESET_VECTOR - ACPI);
     if bytes > room {
         return Err(Error::Acpi { bytes, room });
     }
