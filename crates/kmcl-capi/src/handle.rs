@@ -89,15 +89,14 @@ pub(crate) enum Phase {
     Done = 4,
 }
 
-impl Phase {
-    fn of(state: u64) -> Option<Self> {
-        [Self::Free, Self::Live, Self::Busy, Self::Away, Self::Done]
-            .into_iter()
-            .find(|phase| *phase as u64 == state & PHASES)
-    }
+const PHASES: u64 = 0xf;
+
+/// Whether a slot in this state is in `phase`.
+#[inline]
+fn is_in(state: u64, phase: Phase) -> bool {
+    state & PHASES == phase as u64
 }
 
-const PHASES: u64 = 0xf;
 /// The callback that the slot was taken for is running.
 const IN_CALLBACK: u64 = 0x10;
 const GENERATION_SHIFT: u32 = 8;
@@ -277,7 +276,8 @@ impl<C: Content> Found<C> {
     #[inline]
     fn is_good(&self, state: u64) -> bool {
         state >> GENERATION_SHIFT & GENERATIONS == self.generation
-            && !matches!(Phase::of(state), None | Some(Phase::Free | Phase::Done))
+            && !is_in(state, Phase::Free)
+            && !is_in(state, Phase::Done)
     }
 
     pub(crate) fn handle(&self) -> Handle {
@@ -292,7 +292,7 @@ impl<C: Content> Found<C> {
 
     pub(crate) fn is_away(&self) -> bool {
         let state = self.slot.state.load(Ordering::Acquire);
-        self.is_good(state) && Phase::of(state) == Some(Phase::Away)
+        self.is_good(state) && is_in(state, Phase::Away)
     }
 
     /// The content, for this thread alone; `None` once the handle is over, and while its content is away.
@@ -304,29 +304,27 @@ impl<C: Content> Found<C> {
             if !self.is_good(state) {
                 return None;
             }
-            match Phase::of(state)? {
-                Phase::Live => {
-                    let busy = state & !PHASES | Phase::Busy as u64;
-                    let won = self.slot.state.compare_exchange_weak(
-                        state,
-                        busy,
-                        Ordering::Acquire,
-                        Ordering::Relaxed,
-                    );
-                    if won.is_ok() {
-                        return Some(Claim { found: self, state: busy });
-                    }
+            if is_in(state, Phase::Live) {
+                let busy = state & !PHASES | Phase::Busy as u64;
+                let won = self.slot.state.compare_exchange_weak(
+                    state,
+                    busy,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
+                if won.is_ok() {
+                    return Some(Claim { found: self, state: busy });
                 }
-                Phase::Busy => {
-                    // Contents are held for moments, never across a callback.
-                    spins += 1;
-                    if spins.is_multiple_of(64) {
-                        std::thread::yield_now();
-                    } else {
-                        std::hint::spin_loop();
-                    }
+            } else if is_in(state, Phase::Busy) {
+                // Contents are held for moments, never across a callback.
+                spins += 1;
+                if spins.is_multiple_of(64) {
+                    std::thread::yield_now();
+                } else {
+                    std::hint::spin_loop();
                 }
-                Phase::Free | Phase::Away | Phase::Done => return None,
+            } else {
+                return None;
             }
         }
     }
@@ -334,7 +332,7 @@ impl<C: Content> Found<C> {
     /// Ends the flight of a content that was away: it is claimed.
     pub(crate) fn back(self) -> Option<Claim<C>> {
         let state = self.slot.state.load(Ordering::Acquire);
-        if !self.is_good(state) || Phase::of(state) != Some(Phase::Away) {
+        if !self.is_good(state) || !is_in(state, Phase::Away) {
             return None;
         }
         let busy = state & !PHASES | Phase::Busy as u64;
@@ -351,7 +349,7 @@ impl<C: Content> Found<C> {
         look: impl FnOnce(Claim<C>) -> R,
     ) -> Result<R, Taken<C>> {
         let Self { table, slot, index, .. } = self;
-        if Phase::of(slot.state.load(Ordering::Acquire)) != Some(Phase::Done)
+        if !is_in(slot.state.load(Ordering::Acquire), Phase::Done)
             && let Some(mut claim) = self.claim()
         {
             claim.state &= !IN_CALLBACK;

@@ -344,21 +344,21 @@ pub unsafe extern "C" fn VmbChannelPacketComplete(
     size: u32,
 ) {
     const NAME: &str = "VmbChannelPacketComplete";
-    guarded(NAME, (), || {
-        let Some((packet, limit)) = claim(NAME, packet).and_then(end) else { return };
-        let size = if size > limit {
-            violation(NAME, "BufSize", "is more than the largest completion (D-47)");
-            limit
-        } else {
-            size
-        };
-        // SAFETY: the caller's promise, for at most `size` bytes.
-        let payload = unsafe { types::bytes(buffer, size) };
-        if payload.is_none() {
-            violation(NAME, "PacketCompletionBuffer", "must not be null");
-        }
-        packet.complete(payload.unwrap_or_default());
-    });
+    // Not guarded as the others are: a function with C's calling convention ends the process rather than
+    // let a panic out, and on the way of every packet that has to do.
+    let Some((packet, limit)) = claim(NAME, packet).and_then(end) else { return };
+    let size = if size > limit {
+        violation(NAME, "BufSize", "is more than the largest completion (D-47)");
+        limit
+    } else {
+        size
+    };
+    // SAFETY: the caller's promise, for at most `size` bytes.
+    let payload = unsafe { types::bytes(buffer, size) };
+    if payload.is_none() {
+        violation(NAME, "PacketCompletionBuffer", "must not be null");
+    }
+    packet.complete(payload.unwrap_or_default());
 }
 
 /// VmbChannelPacketFail (D-36).
