@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use vmbus_memory::{GuestMemory, MappingBudget, MemoryError, PageAllocator, PageRun, RingPages};
 use vmbus_wire::status::NtStatus;
@@ -44,6 +44,8 @@ struct State {
 struct OfferEntry {
     offer: Offer,
     server: Endpoint,
+    /// Rings the server's doorbell, whichever server that is.
+    bell: Arc<ServerBell>,
     /// The client that is bound to it.
     client: Option<u32>,
     /// The server has rings, or is being asked to take them.
@@ -132,6 +134,7 @@ impl Bus for LoopbackBus {
                 if !entry.moved {
                     return Err(NtStatus::INVALID_PARAMETER);
                 }
+                entry.bell.lead_to(&endpoint.doorbell);
                 (entry.moved, entry.offer, entry.server) = (false, offer, endpoint);
                 drop(state);
                 return Ok(world.go_on(id));
@@ -141,6 +144,7 @@ impl Bus for LoopbackBus {
                 id,
                 OfferEntry {
                     offer,
+                    bell: Arc::new(ServerBell(RwLock::new(Arc::clone(&endpoint.doorbell)))),
                     server: endpoint,
                     client: None,
                     open: false,
@@ -533,7 +537,8 @@ impl World {
             vmbus_ring::initialize(&ring.map_err(|_| no_memory)?);
         }
         let server = self.server_rings(request, &run, client)?;
-        let own = self.ends(request, &to_client, &to_server, &offer.server)?;
+        let bell = Arc::clone(&offer.bell) as Arc<dyn Signal>;
+        let own = self.ends(request, &to_client, &to_server, bell)?;
         Ok((run, server, own))
     }
 
@@ -545,7 +550,8 @@ impl World {
         client: &ClientEntry,
     ) -> Result<OpenRings, NtStatus> {
         let (to_server, to_client) = split(request, run)?;
-        self.ends(request, &to_server, &to_client, &client.client)
+        let bell = Arc::new(RingBell(Arc::clone(&client.client.doorbell)));
+        self.ends(request, &to_server, &to_client, bell)
     }
 
     fn ends(
@@ -553,7 +559,7 @@ impl World {
         request: &OpenRequest,
         incoming: &[u64],
         outgoing: &[u64],
-        peer: &Endpoint,
+        signal: Arc<dyn Signal>,
     ) -> Result<OpenRings, NtStatus> {
         let map = |pfns| {
             RingPages::map(&self.memory, pfns, &self.mappings)
@@ -563,7 +569,7 @@ impl World {
             incoming: map(incoming)?,
             outgoing: map(outgoing)?,
             memory: self.memory.clone(),
-            signal: Arc::new(RingBell(Arc::clone(&peer.doorbell))),
+            signal,
             residency: lock(&self.residency).clone(),
             user_data: request.user_data,
             resumed: false,
@@ -587,6 +593,21 @@ struct RingBell(Arc<dyn Doorbell>);
 impl Signal for RingBell {
     fn signal(&self) {
         self.0.ring();
+    }
+}
+
+/// The same for a server, which may have moved away since.
+struct ServerBell(RwLock<Arc<dyn Doorbell>>);
+
+impl ServerBell {
+    fn lead_to(&self, doorbell: &Arc<dyn Doorbell>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(doorbell);
+    }
+}
+
+impl Signal for ServerBell {
+    fn signal(&self) {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).ring();
     }
 }
 

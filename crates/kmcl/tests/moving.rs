@@ -178,3 +178,28 @@ fn packets_that_are_handed_over_come_again_elsewhere() {
 fn completions_that_are_held_leave_elsewhere() {
     moves(true);
 }
+
+/// The client rings whoever serves it now.
+#[test]
+fn the_new_server_hears_the_client() {
+    let mut pair = Pair::open(Device::echo());
+    pair.server.freeze().unwrap().move_away();
+    pair.server = server(&(pair.bus.clone() as _), &pair.device);
+    pair.server.enable().unwrap();
+    pair.server.start();
+    pair.server.process(64);
+    assert_eq!(pair.server.state(), ChannelState::Active);
+    let is_readable = || {
+        let doorbell = pair.server.doorbell_fd().unwrap();
+        let mut fds =
+            [rustix::event::PollFd::from_borrowed_fd(doorbell, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() == 1
+    };
+    pair.server.acknowledge();
+    assert!(!is_readable());
+    let answers = Arc::new(Answers::default());
+    send(&pair.client, 1, &[1; 8], &answers);
+    assert!(is_readable(), "nobody told the new server");
+    pair.pump();
+    assert_eq!(answers.take().len(), 1);
+}
