@@ -11,6 +11,15 @@ const SYSTEM_TOOLS: &[(&str, &str)] = &[
     // The demo and its tests make a real ext4 file system and check it afterwards.
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
+    // The C interface is compiled, installed and used as its users would, and watched while it runs.
+    ("cc", "gcc"),
+    ("c++", "g++"),
+    ("cmake", "cmake"),
+    ("meson", "meson"),
+    ("ninja", "ninja-build"),
+    ("pkg-config", "pkg-config"),
+    ("readelf", "binutils"),
+    ("valgrind", "valgrind"),
 ];
 
 /// Where programs for the administrator live; not in everybody's `PATH`.
