@@ -52,6 +52,12 @@ pub enum End {
     PowerOff,
     /// The guest has reset it.
     Reset,
+    /// A processor has met a fault while it could handle none: a reset that nobody asked for, or the last
+    /// resort of a kernel that did.
+    TripleFault {
+        /// Its index.
+        vp: u32,
+    },
     /// It was stopped from outside.
     Stopped,
     /// A processor cannot go on.
@@ -315,8 +321,7 @@ fn handle(vp: &Vp, exit: VcpuExit<'_>, shared: &Shared) -> Then {
         },
         VcpuExit::Hyperv => return Then::Hyperv,
         VcpuExit::SystemEvent(event, _) => return Then::SystemEvent(event),
-        // A triple fault: how a kernel resets a machine that offers nothing better.
-        VcpuExit::Shutdown => return Then::End(End::Reset),
+        VcpuExit::Shutdown => return Then::End(End::TripleFault { vp: vp.index() }),
         // Nobody is there: reads give what an empty bus gives.
         VcpuExit::MmioRead(_, data) => data.fill(0xff),
         VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
