@@ -68,6 +68,10 @@ impl Restored {
 }
 
 /// A restore that is under way. One that is dropped before its end leaves the channel as it was.
+///
+/// A channel whose rings are there sends what was queued as soon as its restore is complete. Whoever
+/// restores several channels, and wants all of them or none, feeds their states before the bus brings
+/// the rings.
 #[derive(Debug)]
 #[must_use = "a restore that is dropped is undone"]
 pub struct ChannelRestore {
