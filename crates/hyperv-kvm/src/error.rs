@@ -41,9 +41,12 @@ pub enum Error {
     /// An event descriptor could not be made.
     #[error("eventfd: {0}")]
     Event(#[source] std::io::Error),
-    /// The processor's leaves do not fit.
-    #[error("too many CPUID leaves for one processor")]
-    Cpuid,
+    /// More of something than one call to KVM takes.
+    #[error("more {what} than KVM takes in one call")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+    },
     /// An exit that does not come in this mode.
     #[error("{exit} in mode {mode}")]
     UnexpectedExit {

@@ -33,5 +33,4 @@ mod vp;
 pub use error::Error;
 pub use partition::{Partition, PartitionConfig};
 pub use probe::Mode;
-pub use synic::SynicRegisters;
 pub use vp::{CrashReport, Outcome, Vp};

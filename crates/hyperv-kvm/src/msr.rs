@@ -70,6 +70,12 @@ impl PageRegister {
         self.0 & 1 != 0
     }
 
+    /// Whether bit 1 says that the register no longer changes.
+    #[must_use]
+    pub const fn is_locked(self) -> bool {
+        self.0 & 2 != 0
+    }
+
     /// The page's guest physical address, if it is in use.
     #[must_use]
     pub const fn page(self) -> Option<u64> {

@@ -164,9 +164,9 @@ impl Partition {
     /// The CPUID of each vCPU, from what KVM supports.
     ///
     /// # Errors
-    /// [`Error::Cpuid`].
+    /// [`Error::TooMany`].
     pub fn cpuid(supported: &CpuId) -> Result<CpuId, Error> {
-        cpuid::apply(supported).map_err(|_| Error::Cpuid)
+        cpuid::apply(supported).map_err(|_| Error::TooMany { what: "CPUID leaves" })
     }
 
     /// The guest has taken a message: the next one may go into its slot.
@@ -243,7 +243,8 @@ fn set_routes(vm: &VmFd, more: &[kvm_irq_routing_entry]) -> Result<(), Error> {
         routes.push(kvm::pin_route(pin, KVM_IRQCHIP_IOAPIC, pin));
     }
     routes.extend_from_slice(more);
-    let table = KvmIrqRouting::from_entries(&routes).map_err(|_| Error::Cpuid)?;
+    let table =
+        KvmIrqRouting::from_entries(&routes).map_err(|_| Error::TooMany { what: "routes" })?;
     vm.set_gsi_routing(&table).map_err(Error::kvm("KVM_SET_GSI_ROUTING"))
 }
 
@@ -303,7 +304,8 @@ impl Port {
             }
         };
         if let Err(error) = raised {
-            tracing::error!(%error, vp, "the guest cannot be interrupted");
+            // As often as a guest likes that has turned its local APIC off: not for the log.
+            tracing::debug!(%error, vp, "the guest cannot be interrupted");
         }
     }
 }

@@ -14,20 +14,20 @@ use crate::msr::{self, PageRegister, SintRegister};
 
 /// The registers of one VP.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct SynicRegisters {
+pub(crate) struct Registers {
     /// Bit 0: the SynIC works at all.
-    pub scontrol: u64,
+    scontrol: u64,
     /// Event flags page.
-    pub siefp: PageRegister,
+    siefp: PageRegister,
     /// Message page.
-    pub simp: PageRegister,
+    simp: PageRegister,
     /// The interrupt sources. Where KVM emulates them they are not known here, and look unmasked.
-    pub sints: [SintRegister; SINT_COUNT as usize],
+    sints: [SintRegister; SINT_COUNT as usize],
 }
 
-impl SynicRegisters {
+impl Registers {
     /// After reset: enabled, no pages, every source masked.
-    pub const RESET: Self = Self {
+    const RESET: Self = Self {
         scontrol: 1,
         siefp: PageRegister(0),
         simp: PageRegister(0),
@@ -40,7 +40,7 @@ impl SynicRegisters {
     }
 
     /// The vector of a source, or `None` while it is masked.
-    pub(crate) fn vector(&self, sint: u8) -> Option<u8> {
+    fn vector(&self, sint: u8) -> Option<u8> {
         let register = self.sints.get(usize::from(sint))?;
         (!register.is_masked()).then(|| register.vector())
     }
@@ -49,15 +49,15 @@ impl SynicRegisters {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Synic {
-    registers: Mutex<SynicRegisters>,
+    registers: Mutex<Registers>,
 }
 
 impl Synic {
     pub(crate) fn new() -> Self {
-        Self { registers: Mutex::new(SynicRegisters::RESET) }
+        Self { registers: Mutex::new(Registers::RESET) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, SynicRegisters> {
+    fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

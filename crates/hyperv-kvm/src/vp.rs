@@ -135,6 +135,7 @@ impl Vp {
             }
             // Ignored while nobody has said who it is for.
             msr::HYPERCALL if globals.guest_os_id == 0 => {}
+            msr::HYPERCALL if PageRegister(globals.hypercall).is_locked() => {}
             msr::HYPERCALL => {
                 globals.hypercall = value;
                 if let Some(page) = PageRegister(value).page() {
@@ -204,7 +205,8 @@ impl Vp {
             KVM_SYSTEM_EVENT_CRASH => {
                 let entry = |index| kvm_msr_entry { index, ..Default::default() };
                 let entries: Vec<_> = (msr::CRASH_P0..=msr::CRASH_CTL).map(entry).collect();
-                let mut msrs = Msrs::from_entries(&entries).map_err(|_| Error::Cpuid)?;
+                let mut msrs =
+                    Msrs::from_entries(&entries).map_err(|_| Error::TooMany { what: "MSRs" })?;
                 vcpu.get_msrs(&mut msrs).map_err(Error::kvm("KVM_GET_MSRS"))?;
                 let mut values = msrs.as_slice().iter().map(|entry| entry.data);
                 let parameters = std::array::from_fn(|_| values.next().unwrap_or(0));

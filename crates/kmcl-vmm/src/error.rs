@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// The KVM device cannot be opened.
-    #[error("/dev/kvm: {0}")]
+    #[error("/dev/kvm: {0}: load the module kvm, and see that this user may open the device")]
     NoKvm(#[source] kvm_ioctls::Error),
     /// A call to KVM failed.
     #[error("{call}: {source}")]
@@ -74,6 +74,9 @@ pub enum Error {
     /// A thread cannot be made.
     #[error("thread: {0}")]
     Thread(#[source] io::Error),
+    /// A signal or an event descriptor cannot be had.
+    #[error("signals and events: {0}")]
+    Event(#[source] io::Error),
     /// KVM cannot go on with a vCPU.
     #[error("processor {vp} has left KVM with {exit}")]
     Exit {

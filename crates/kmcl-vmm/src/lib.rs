@@ -21,7 +21,7 @@ mod serial;
 
 pub use boot::BootConfig;
 pub use error::Error;
-pub use machine::{End, MAX_PROCESSORS, Machine, MachineConfig, MachineEvent, Running};
+pub use machine::{End, MAX_EVENTS, MAX_PROCESSORS, Machine, MachineConfig, MachineEvent, Running};
 pub use serial::ConsoleOutput;
 
 pub use hyperv_kvm::{CrashReport, Mode};

@@ -1,8 +1,8 @@
 //! A machine: memory, processors, a serial port, and a VMBus.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use hyperv_kvm::{CrashReport, Mode, Outcome, Partition, PartitionConfig, Vp};
@@ -27,6 +27,10 @@ const EAGAIN: i32 = 11;
 
 /// Most processors of a machine.
 pub const MAX_PROCESSORS: u32 = 16;
+
+/// Events that wait to be looked at. A guest can report as many crashes as it likes: what comes beyond
+/// is dropped.
+pub const MAX_EVENTS: usize = 64;
 
 /// What a machine is made of.
 pub struct MachineConfig {
@@ -84,8 +88,8 @@ pub struct Machine {
 struct Shared {
     console: Arc<Console>,
     stopping: AtomicBool,
-    ends: Mutex<Sender<End>>,
-    events: Mutex<Sender<MachineEvent>>,
+    ends: SyncSender<End>,
+    events: SyncSender<MachineEvent>,
 }
 
 impl Machine {
@@ -161,18 +165,19 @@ impl Machine {
     /// Runs the machine, a thread for each processor.
     ///
     /// # Errors
-    /// [`Error::Thread`].
+    /// [`Error::Thread`], [`Error::Event`].
     pub fn start(self) -> Result<Running, Error> {
         // The handler need do nothing: that a signal came is enough for a processor to leave KVM.
         let kicked = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(kick_signal(), kicked).map_err(Error::Thread)?;
-        let (ends, ended) = channel();
-        let (events, happened) = channel();
+        signal_hook::flag::register(kick_signal(), kicked).map_err(Error::Event)?;
+        // Each processor ends once.
+        let (ends, ended) = sync_channel(self.vcpus.len());
+        let (events, happened) = sync_channel(MAX_EVENTS);
         let shared = Arc::new(Shared {
             console: self.console,
             stopping: AtomicBool::new(false),
-            ends: Mutex::new(ends),
-            events: Mutex::new(events),
+            ends,
+            events,
         });
         let mut threads = Vec::new();
         for (vp, vcpu) in self.vcpus {
@@ -211,7 +216,7 @@ impl Running {
         self.ended.recv().unwrap_or(End::Stopped)
     }
 
-    /// What has happened since the last call.
+    /// What has happened since the last call: [`MAX_EVENTS`] at most.
     pub fn events(&self) -> impl Iterator<Item = MachineEvent> {
         self.happened.try_iter()
     }
@@ -361,11 +366,60 @@ fn write_port(port: u16, data: &[u8], shared: &Shared) -> Then {
 impl Shared {
     fn end(&self, end: End) {
         self.stopping.store(true, Ordering::SeqCst);
-        let _nobody_waits = self.ends.lock().unwrap_or_else(PoisonError::into_inner).send(end);
+        let _nobody_waits = self.ends.try_send(end);
     }
 
     fn tell(&self, event: MachineEvent) {
-        let _nobody_listens =
-            self.events.lock().unwrap_or_else(PoisonError::into_inner).send(event);
+        let _nobody_listens = self.events.try_send(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that reports crash after crash fills no memory.
+    #[test]
+    fn events_that_nobody_looks_at_are_bounded() {
+        let (console, _line) = Console::new(Box::new(std::io::sink())).unwrap();
+        let (ends, ended) = sync_channel(1);
+        let (events, happened) = sync_channel(MAX_EVENTS);
+        let (console, stopping) = (Arc::new(console), AtomicBool::new(false));
+        let shared = Shared { console, stopping, ends, events };
+        let report = CrashReport { parameters: [0; 5], has_message: false };
+        for _ in 0..10 * MAX_EVENTS {
+            shared.tell(MachineEvent::Crash(report));
+            shared.end(End::Reset);
+        }
+        assert_eq!((happened.try_iter().count(), ended.try_iter().count()), (MAX_EVENTS, 1));
+    }
+
+    /// What the guest writes to power off and to reset, as the tables tell it, and nothing else.
+    #[test]
+    fn ports_end_the_machine() {
+        let (console, _line) = Console::new(Box::new(std::io::sink())).unwrap();
+        let (ends, _ended) = sync_channel(1);
+        let (events, _happened) = sync_channel(1);
+        let (console, stopping) = (Arc::new(console), AtomicBool::new(false));
+        let shared = Shared { console, stopping, ends, events };
+        for (port, value, expected) in [
+            (SLEEP_CONTROL, 0x34, "PowerOff"),
+            (SLEEP_CONTROL, 0x14, ""),
+            (RESET, 1, "Reset"),
+            (RESET, 0, ""),
+            (KEYBOARD_COMMAND, 0xfe, "Reset"),
+            (KEYBOARD_COMMAND, 0x60, ""),
+            (0x80, 1, ""),
+        ] {
+            let then = match write_port(port, &[value], &shared) {
+                Then::End(end) => format!("{end:?}"),
+                _ => String::new(),
+            };
+            assert_eq!(then, expected, "{value:#x} to port {port:#x}");
+        }
+        assert!(matches!(write_port(RESET, &[], &shared), Then::Nothing));
+        let mut nobody = [0; 4];
+        read_port(0x1234, &mut nobody, &shared);
+        assert_eq!(nobody, [0xff; 4]);
     }
 }

@@ -31,9 +31,9 @@ pub(crate) struct Console {
 impl Console {
     /// The port, and what raises its interrupt.
     pub(crate) fn new(output: ConsoleOutput) -> Result<(Self, EventFd), Error> {
-        let event = || EventFd::new(EFD_NONBLOCK).map_err(Error::Thread);
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(Error::Event);
         let interrupt = event()?;
-        let line = interrupt.try_clone().map_err(Error::Thread)?;
+        let line = interrupt.try_clone().map_err(Error::Event)?;
         let serial = Mutex::new(Serial::new(Interrupt(interrupt), output));
         Ok((Self { serial }, line))
     }

@@ -80,7 +80,7 @@ pub(crate) fn set_flag(memory: &GuestMemory, page: u64, sint: u8, flag: u16) -> 
 /// look like messages.
 pub(crate) fn clear(memory: &GuestMemory, page: u64) {
     if let Err(error) = memory.fill(page, 4096, 0) {
-        tracing::warn!(%error, "a SynIC page of the guest is not memory");
+        tracing::debug!(%error, "a SynIC page of the guest is not memory");
     }
 }
 
