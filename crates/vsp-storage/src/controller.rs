@@ -126,8 +126,6 @@ struct Core {
     lanes: RwLock<Lanes>,
     /// It is frozen or paused to be saved: what it is made of does not change.
     is_held: AtomicBool,
-    /// It was restored, and its primary channel has not been opened since.
-    is_restored: AtomicBool,
     /// Rung when a channel of a frozen controller has settled.
     bell: Mutex<Option<Arc<Bell>>>,
 }
@@ -253,7 +251,6 @@ impl Core {
             form: AtomicU8::new(FORM_NONE),
             lanes: RwLock::default(),
             is_held: AtomicBool::new(false),
-            is_restored: AtomicBool::new(false),
             bell: Mutex::new(None),
         })
     }
@@ -379,7 +376,6 @@ impl Core {
 
     /// The primary channel was opened or closed: nothing is agreed any more.
     fn start_over(&self) {
-        self.is_restored.store(false, Ordering::Release);
         self.set_form(None);
         lock(&self.handshake).reset();
         self.retire_sub_channels();

@@ -273,10 +273,9 @@ impl SaveRestorePacket for Lane {
 }
 
 impl StateChange for Lane {
-    fn opened(&self, _channel: &Channel) -> Result<(), NtStatus> {
-        // The guest of a controller that was restored has it open, and has agreed on what the saved
-        // state says. One that had not opened it has agreed on nothing, which that says too.
-        if self.index == 0 && !self.core.is_restored.swap(false, Ordering::AcqRel) {
+    fn opened(&self, channel: &Channel) -> Result<(), NtStatus> {
+        // A guest that had it open before a restore has agreed on what the saved state says.
+        if self.index == 0 && !channel.is_resumed() {
             self.core.start_over();
         }
         Ok(())

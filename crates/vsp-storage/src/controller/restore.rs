@@ -224,7 +224,6 @@ impl ScsiController {
     ) -> Result<RestoringController, ControllerRestoreError> {
         let saved = Saved::read(state, &config)?;
         let core = Core::new(bus, driver, config);
-        core.is_restored.store(true, Ordering::Release);
         *lock(&core.handshake) = Handshake::at(saved.phase, saved.max_sub_channels);
         core.set_form(match saved.phase {
             Phase::Ready { version, .. } => Some(version),
