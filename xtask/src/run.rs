@@ -82,6 +82,12 @@ pub(crate) fn run_and_keep(command: &mut Command) -> Result<Vec<String>, Failure
     judge(command, status).map(|()| kept)
 }
 
+/// What `command` prints, if it succeeds.
+pub(crate) fn output_of(command: &mut Command) -> Result<Vec<u8>, Failure> {
+    let output = command.output().map_err(|source| start_failure(command, source))?;
+    judge(command, output.status).map(|()| output.stdout)
+}
+
 /// Whether `command` can be started and succeeds; what it prints is thrown away.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
     command
@@ -163,5 +169,7 @@ mod tests {
         let kept = run_and_keep(&mut shell("echo one; echo two >&2; printf three")).unwrap();
         assert_eq!(kept, ["one", "three"]);
         assert!(run_and_keep(&mut shell("echo one; exit 1")).is_err());
+        assert_eq!(output_of(&mut shell("echo one")).unwrap(), b"one\n");
+        assert!(output_of(&mut shell("echo one; exit 1")).is_err());
     }
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use super::parts::{Kernel, Parts};
 use super::scenarios::Run;
-use crate::run::{Failure, run};
+use crate::run::{Failure, output_of, run};
 
 /// Modules that a guest needs, those they depend on beside.
 const GUEST_MODULES: [&str; 7] =
@@ -88,8 +88,7 @@ impl Tree {
     fn program(&self, name: &str) -> Result<(), Failure> {
         let path = which(name);
         self.copy(&path, &format!("bin/{name}"))?;
-        let listing = Command::new("ldd").arg(&path).output();
-        let listing = listing.map(|output| output.stdout).unwrap_or_default();
+        let listing = output_of(Command::new("ldd").arg(&path))?;
         let listing = String::from_utf8_lossy(&listing);
         for library in listing.split_whitespace().filter(|word| word.starts_with('/')) {
             self.copy(Path::new(library), library.trim_start_matches('/'))?;
@@ -106,8 +105,7 @@ impl Tree {
             let to = format!("lib/modules/{number:02}-{}.ko", module_name(module));
             if module.ends_with(".xz") {
                 let path = self.root.join(&to);
-                let unpacked = Command::new("xz").arg("-dc").arg(&from).output();
-                let bytes = unpacked.map(|output| output.stdout).unwrap_or_default();
+                let bytes = output_of(Command::new("xz").arg("-dc").arg(&from))?;
                 fs::write(&path, bytes).map_err(|source| Failure::File { path, source })?;
             } else {
                 self.copy(&from, &to)?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::run::{Failure, run, say};
+use crate::run::{Failure, output_of, run, say};
 use crate::test;
 use crate::workspace::Workspace;
 
@@ -58,8 +58,7 @@ impl Parts {
 
 /// The package that a meta-package stands for.
 fn newest(meta: &str, prefix: &str) -> Result<String, Failure> {
-    let output = Command::new("apt-cache").args(["depends", meta]).output();
-    let text = output.map(|output| output.stdout).unwrap_or_default();
+    let text = output_of(Command::new("apt-cache").args(["depends", meta]))?;
     let text = String::from_utf8_lossy(&text);
     let packages = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
     let found = packages.map(str::trim).find(|package| package.starts_with(prefix));
