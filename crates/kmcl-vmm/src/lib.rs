@@ -7,12 +7,14 @@
 //! | module | what it has |
 //! |---|---|
 //! | `machine` | the parts put together, and the threads that run them |
+//! | [`config`] | what a VM is made of, as JSON too |
 //! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
 //! | `memory` | guest memory |
 //! | `serial` | the console |
 //! | `layout` | where things are |
 
 mod boot;
+pub mod config;
 mod error;
 mod layout;
 mod machine;

@@ -1,0 +1,1 @@
+//! Integration services of a VMBus guest: heartbeat, shutdown, time synchronisation.

@@ -1,0 +1,1 @@
+//! Sockets between a VMBus guest and Unix sockets of its host.
