@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use hyperv_kvm::Partition;
 use kmcl::{Channel, Guid};
-use kmcl_vmm::{BootConfig, Machine, MachineConfig, Mode};
+use kmcl_vmm::{BootConfig, End, Machine, MachineConfig, MachineEvent, Mode};
 use kmcl_worker::{Source, Worker};
 use vsp_storage::block::{CacheMode, Engine, FileOptions, open_file};
 use vsp_storage::{
@@ -92,13 +92,16 @@ fn main() -> Result<()> {
         controller.attach(ScsiAddress { path: 0, target: 0, lun: 0 }, disk)?;
     }
     controller.offer()?;
-    let running = machine.start()?;
+    let (running, mut events) = machine.start()?;
     let partition = running.partition().clone();
     driver.0.add_source(partition.clone(), Arc::new(Messages(partition)))?;
-    let end = running.wait();
-    for event in running.events() {
-        eprintln!("{event:?}");
-    }
+    let end = loop {
+        match events.next() {
+            Some(MachineEvent::Ended(end)) => break end,
+            Some(event) => eprintln!("{event:?}"),
+            None => break End::Stopped,
+        }
+    };
     eprintln!("END {end:?}");
     drop(running);
     Ok(())

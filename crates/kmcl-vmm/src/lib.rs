@@ -6,6 +6,7 @@
 //!
 //! | module | what it has |
 //! |---|---|
+//! | `event` | what a machine tells |
 //! | `machine` | the parts put together, and the threads that run them |
 //! | [`config`] | what a VM is made of, as JSON too |
 //! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
@@ -16,6 +17,7 @@
 mod boot;
 pub mod config;
 mod error;
+mod event;
 mod layout;
 mod machine;
 mod memory;
@@ -23,7 +25,8 @@ mod serial;
 
 pub use boot::BootConfig;
 pub use error::Error;
-pub use machine::{End, MAX_EVENTS, MAX_PROCESSORS, Machine, MachineConfig, MachineEvent, Running};
+pub use event::{End, Events, MAX_CRASHES, MachineEvent};
+pub use machine::{MAX_PROCESSORS, Machine, MachineConfig, Running};
 pub use serial::ConsoleOutput;
 
 pub use hyperv_kvm::{CrashReport, Mode};

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use hyperv_kvm::{CrashReport, Mode, Outcome, Partition, PartitionConfig, Vp};
+use hyperv_kvm::{Mode, Outcome, Partition, PartitionConfig, Vp};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vmbus_host::HostBus;
@@ -14,6 +13,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::boot::{self, BootConfig};
 use crate::error::Error;
+use crate::event::{End, Events, Teller};
 use crate::layout::{
     CMOS_DATA, KEYBOARD_COMMAND, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL, SERIAL_GSI,
     SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_OFF,
@@ -27,10 +27,6 @@ const EAGAIN: i32 = 11;
 
 /// Most processors of a machine.
 pub const MAX_PROCESSORS: u32 = 16;
-
-/// Events that wait to be looked at. A guest can report as many crashes as it likes: what comes beyond
-/// is dropped.
-pub const MAX_EVENTS: usize = 64;
 
 /// What a machine is made of.
 pub struct MachineConfig {
@@ -48,34 +44,6 @@ pub struct MachineConfig {
     pub console: ConsoleOutput,
 }
 
-/// How a machine has ended.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum End {
-    /// The guest has powered it off.
-    PowerOff,
-    /// The guest has reset it.
-    Reset,
-    /// A processor has met a fault while it could handle none: a reset that nobody asked for, or the last
-    /// resort of a kernel that did.
-    TripleFault {
-        /// Its index.
-        vp: u32,
-    },
-    /// It was stopped from outside.
-    Stopped,
-    /// A processor cannot go on.
-    Failed(Error),
-}
-
-/// What a machine tells while it runs.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[non_exhaustive]
-pub enum MachineEvent {
-    /// The guest has crashed, and says why.
-    Crash(CrashReport),
-}
-
 /// A machine that is ready to run. Offer devices on its [`Machine::bus`], then start it.
 pub struct Machine {
     partition: Partition,
@@ -88,8 +56,7 @@ pub struct Machine {
 struct Shared {
     console: Arc<Console>,
     stopping: AtomicBool,
-    ends: SyncSender<End>,
-    events: SyncSender<MachineEvent>,
+    teller: Teller,
 }
 
 impl Machine {
@@ -162,23 +129,17 @@ impl Machine {
         self.partition.mode()
     }
 
-    /// Runs the machine, a thread for each processor.
+    /// Runs the machine, a thread for each processor, and gives what it will tell.
     ///
     /// # Errors
     /// [`Error::Thread`], [`Error::Event`].
-    pub fn start(self) -> Result<Running, Error> {
+    pub fn start(self) -> Result<(Running, Events), Error> {
         // The handler need do nothing: that a signal came is enough for a processor to leave KVM.
         let kicked = Arc::new(AtomicBool::new(false));
         signal_hook::flag::register(kick_signal(), kicked).map_err(Error::Event)?;
-        // Each processor ends once.
-        let (ends, ended) = sync_channel(self.vcpus.len());
-        let (events, happened) = sync_channel(MAX_EVENTS);
-        let shared = Arc::new(Shared {
-            console: self.console,
-            stopping: AtomicBool::new(false),
-            ends,
-            events,
-        });
+        let (teller, events) = Teller::new(self.vcpus.len());
+        let shared =
+            Arc::new(Shared { console: self.console, stopping: AtomicBool::new(false), teller });
         let mut threads = Vec::new();
         for (vp, vcpu) in self.vcpus {
             let shared = Arc::clone(&shared);
@@ -188,7 +149,7 @@ impl Machine {
             threads.push(thread.map_err(Error::Thread)?);
         }
         let (partition, ram) = (self.partition, self.ram);
-        Ok(Running { shared, threads, ended, happened, partition, _ram: ram })
+        Ok((Running { shared, threads, partition, _ram: ram }, events))
     }
 }
 
@@ -196,8 +157,6 @@ impl Machine {
 pub struct Running {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    ended: Receiver<End>,
-    happened: Receiver<MachineEvent>,
     partition: Partition,
     /// Mapped into the guest for as long as it runs.
     _ram: Ram,
@@ -208,17 +167,6 @@ impl Running {
     #[must_use]
     pub fn partition(&self) -> &Partition {
         &self.partition
-    }
-
-    /// Waits for the machine's end.
-    #[must_use]
-    pub fn wait(&self) -> End {
-        self.ended.recv().unwrap_or(End::Stopped)
-    }
-
-    /// What has happened since the last call: [`MAX_EVENTS`] at most.
-    pub fn events(&self) -> impl Iterator<Item = MachineEvent> {
-        self.happened.try_iter()
     }
 
     /// Types bytes to the guest's console; returns how many it took.
@@ -303,7 +251,7 @@ fn step(vp: &Vp, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>, Erro
         Outcome::Continue | Outcome::NotOurs => None,
         Outcome::Reset => Some(End::Reset),
         Outcome::Crash(report) => {
-            shared.tell(MachineEvent::Crash(report));
+            shared.teller.crash(report);
             None
         }
     })
@@ -320,7 +268,7 @@ fn handle(vp: &Vp, exit: VcpuExit<'_>, shared: &Shared) -> Then {
         },
         VcpuExit::X86Wrmsr(exit) => match vp.write_msr(exit.index, exit.data) {
             Some(Outcome::Reset) => return Then::End(End::Reset),
-            Some(Outcome::Crash(report)) => shared.tell(MachineEvent::Crash(report)),
+            Some(Outcome::Crash(report)) => shared.teller.crash(report),
             Some(Outcome::Continue | Outcome::NotOurs) => {}
             None => *exit.error = 1,
         },
@@ -366,11 +314,7 @@ fn write_port(port: u16, data: &[u8], shared: &Shared) -> Then {
 impl Shared {
     fn end(&self, end: End) {
         self.stopping.store(true, Ordering::SeqCst);
-        let _nobody_waits = self.ends.try_send(end);
-    }
-
-    fn tell(&self, event: MachineEvent) {
-        let _nobody_listens = self.events.try_send(event);
+        self.teller.end(end);
     }
 }
 
@@ -378,30 +322,13 @@ impl Shared {
 mod tests {
     use super::*;
 
-    /// A guest that reports crash after crash fills no memory.
-    #[test]
-    fn events_that_nobody_looks_at_are_bounded() {
-        let (console, _line) = Console::new(Box::new(std::io::sink())).unwrap();
-        let (ends, ended) = sync_channel(1);
-        let (events, happened) = sync_channel(MAX_EVENTS);
-        let (console, stopping) = (Arc::new(console), AtomicBool::new(false));
-        let shared = Shared { console, stopping, ends, events };
-        let report = CrashReport { parameters: [0; 5], has_message: false };
-        for _ in 0..10 * MAX_EVENTS {
-            shared.tell(MachineEvent::Crash(report));
-            shared.end(End::Reset);
-        }
-        assert_eq!((happened.try_iter().count(), ended.try_iter().count()), (MAX_EVENTS, 1));
-    }
-
     /// What the guest writes to power off and to reset, as the tables tell it, and nothing else.
     #[test]
     fn ports_end_the_machine() {
         let (console, _line) = Console::new(Box::new(std::io::sink())).unwrap();
-        let (ends, _ended) = sync_channel(1);
-        let (events, _happened) = sync_channel(1);
+        let (teller, _events) = Teller::new(1);
         let (console, stopping) = (Arc::new(console), AtomicBool::new(false));
-        let shared = Shared { console, stopping, ends, events };
+        let shared = Shared { console, stopping, teller };
         for (port, value, expected) in [
             (SLEEP_CONTROL, 0x34, "PowerOff"),
             (SLEEP_CONTROL, 0x14, ""),
