@@ -9,6 +9,7 @@
 //! | `event` | what a machine tells |
 //! | `machine` | the parts put together, and the threads that run them |
 //! | [`config`] | what a VM is made of, as JSON too |
+//! | [`control`] | the interface by which a VM is controlled while it runs |
 //! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
 //! | `memory` | guest memory |
 //! | `serial` | the console |
@@ -16,6 +17,7 @@
 
 mod boot;
 pub mod config;
+pub mod control;
 mod error;
 mod event;
 mod layout;
