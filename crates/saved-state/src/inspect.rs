@@ -57,7 +57,7 @@ use crate::reader::Kinds;
 use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
-use crate::{bus, channel, contents, storage, transport};
+use crate::{bus, channel, contents, memory, storage, transport};
 
 pub use file::{FilePiece, InspectFile, inspect_file};
 pub use rows::{OwnRecord, PacketRow, SizeRow, Sizes};
@@ -83,6 +83,9 @@ pub const ALL_KINDS: Kinds = &[
     storage::StorageRequestRecord::KIND,
     transport::TransportRecord::KIND,
     transport::TransportRegionRecord::KIND,
+    memory::MemoryFileRecord::KIND,
+    memory::MemoryRegionRecord::KIND,
+    memory::MemoryPartsRecord::KIND,
 ];
 
 /// A stretch of the bytes.

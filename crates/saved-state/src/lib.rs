@@ -20,7 +20,7 @@
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
 //! | [`bare`] | a record without a chunk, for the bytes that a device keeps with a packet |
-//! | [`channel`], [`bus`], [`storage`], [`transport`] | the records themselves, by owner |
+//! | [`channel`], [`bus`], [`storage`], [`transport`], [`memory`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
 //! # A stream there and back
@@ -106,6 +106,7 @@ pub mod input;
 pub mod inspect;
 pub mod kind;
 pub mod limits;
+pub mod memory;
 mod protobuf;
 pub mod reader;
 pub mod record;

@@ -9,6 +9,7 @@ use saved_state::contents::{ContentsRecord, StreamEntryRecord, StreamSumRecord};
 use saved_state::end::EndRecord;
 use saved_state::inspect::ALL_KINDS;
 use saved_state::limits::{MAX_NAME_BYTES, MAX_PACKET_BYTES};
+use saved_state::memory::{MemoryFileRecord, MemoryPartsRecord, MemoryRegionRecord};
 use saved_state::storage::{DiskIdentityRecord, StorageRecord, StorageRequestRecord};
 use saved_state::transport::{TransportRecord, TransportRegionRecord};
 use saved_state::{Encode, Field, KindInfo, Record, Shape};
@@ -209,8 +210,11 @@ fn the_structs_and_the_tables_agree() {
     struct_agrees::<Incoming>(<IncomingPacketRecord<'_> as Record>::KIND);
     struct_agrees::<TransportRecord>(TransportRecord::KIND);
     struct_agrees::<TransportRegionRecord>(TransportRegionRecord::KIND);
+    struct_agrees::<MemoryFileRecord>(MemoryFileRecord::KIND);
+    struct_agrees::<MemoryRegionRecord>(MemoryRegionRecord::KIND);
+    struct_agrees::<MemoryPartsRecord>(MemoryPartsRecord::KIND);
     let others = ALL_KINDS.iter().filter(|kind| !is_made_from_its_table(kind)).count();
-    assert_eq!(others, 12, "a kind without a struct to compare");
+    assert_eq!(others, 15, "a kind without a struct to compare");
 }
 
 #[test]
