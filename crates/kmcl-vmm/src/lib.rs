@@ -18,17 +18,23 @@
 mod boot;
 pub mod config;
 pub mod control;
+mod devices;
 mod error;
 mod event;
 mod layout;
 mod machine;
 mod memory;
 mod serial;
+mod vm;
+mod workers;
 
 pub use boot::BootConfig;
+pub use devices::DiskConfigError;
 pub use error::Error;
 pub use event::{End, Events, MAX_CRASHES, MachineEvent};
 pub use machine::{MAX_PROCESSORS, Machine, MachineConfig, Running};
 pub use serial::ConsoleOutput;
+pub use vm::{Notice, Observer, Vm, VmEnd, VmError, VmHandle, VmHost};
+pub use workers::{Workers, WorkersSource};
 
 pub use hyperv_kvm::{CrashReport, Mode};

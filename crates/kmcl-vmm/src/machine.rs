@@ -123,6 +123,12 @@ impl Machine {
         &self.ram.shared
     }
 
+    /// The partition: its descriptor is readable when [`Partition::messages_taken`] is to be called.
+    #[must_use]
+    pub fn partition(&self) -> &Partition {
+        &self.partition
+    }
+
     /// Who provides Hyper-V's interfaces.
     #[must_use]
     pub fn mode(&self) -> Mode {
@@ -149,7 +155,7 @@ impl Machine {
             threads.push(thread.map_err(Error::Thread)?);
         }
         let (partition, ram) = (self.partition, self.ram);
-        Ok((Running { shared, threads, partition, _ram: ram }, events))
+        Ok((Running { shared, threads, partition, ram }, events))
     }
 }
 
@@ -159,10 +165,16 @@ pub struct Running {
     threads: Vec<JoinHandle<()>>,
     partition: Partition,
     /// Mapped into the guest for as long as it runs.
-    _ram: Ram,
+    ram: Ram,
 }
 
 impl Running {
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.ram.shared
+    }
+
     /// The partition: its descriptor is readable when [`Partition::messages_taken`] is to be called.
     #[must_use]
     pub fn partition(&self) -> &Partition {
