@@ -57,7 +57,7 @@ use crate::reader::Kinds;
 use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
-use crate::{bus, channel, contents, memory, storage, transport};
+use crate::{bus, channel, contents, integration, machine, memory, storage, transport};
 
 pub use file::{FilePiece, InspectFile, inspect_file};
 pub use rows::{OwnRecord, PacketRow, SizeRow, Sizes};
@@ -83,9 +83,16 @@ pub const ALL_KINDS: Kinds = &[
     storage::StorageRequestRecord::KIND,
     transport::TransportRecord::KIND,
     transport::TransportRegionRecord::KIND,
+    machine::MachineRecord::KIND,
+    machine::PartitionRecord::KIND,
+    machine::ProcessorRecord::KIND,
+    machine::SynicRecord::KIND,
     memory::MemoryFileRecord::KIND,
     memory::MemoryRegionRecord::KIND,
     memory::MemoryPartsRecord::KIND,
+    integration::IntegrationServiceRecord::KIND,
+    integration::HeartbeatRecord::KIND,
+    integration::ShutdownRequestRecord::KIND,
 ];
 
 /// A stretch of the bytes.

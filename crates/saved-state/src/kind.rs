@@ -21,6 +21,8 @@ impl StreamKind {
     pub const CONTENTS: Self = Self(4);
     /// A transport: a connection between two processes, as the one that serves knows it.
     pub const TRANSPORT: Self = Self(5);
+    /// A machine: its processors, and what Hyper-V gives them.
+    pub const MACHINE: Self = Self(6);
     /// A guest's memory: what is where in the file that has it.
     pub const MEMORY: Self = Self(7);
 
@@ -33,6 +35,7 @@ impl StreamKind {
             Self::DEVICE => "device",
             Self::CONTENTS => "contents",
             Self::TRANSPORT => "transport",
+            Self::MACHINE => "machine",
             Self::MEMORY => "memory",
             _ => return None,
         })
@@ -56,7 +59,7 @@ impl fmt::Display for StreamKind {
 /// | 1 to 15 | of this crate: [`crate::end`], [`crate::contents`] |
 /// | 16 to 63 | `kmcl`: [`crate::channel`] |
 /// | 64 to 127 | `vmbus-host`: the bus |
-/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`], 192 to 255 [`crate::transport`], 320 to 335 [`crate::memory`] |
+/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`], 192 to 255 [`crate::transport`], 256 to 319 [`crate::machine`], 320 to 335 [`crate::memory`], 336 to 351 [`crate::integration`] |
 /// | 1024 to 32767 | kept free |
 /// | 32768 to 65535 | devices of others: each needs to differ only within its own streams |
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

@@ -20,7 +20,7 @@
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
 //! | [`bare`] | a record without a chunk, for the bytes that a device keeps with a packet |
-//! | [`channel`], [`bus`], [`storage`], [`transport`], [`memory`] | the records themselves, by owner |
+//! | [`channel`], [`bus`], [`storage`], [`transport`], [`machine`], [`memory`], [`integration`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
 //! # A stream there and back
@@ -104,8 +104,10 @@ pub mod file;
 pub mod header;
 pub mod input;
 pub mod inspect;
+pub mod integration;
 pub mod kind;
 pub mod limits;
+pub mod machine;
 pub mod memory;
 mod protobuf;
 pub mod reader;

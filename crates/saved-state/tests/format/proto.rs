@@ -8,7 +8,9 @@ use saved_state::channel::{ChannelRecord, IncomingPacketRecord, OutgoingPacketRe
 use saved_state::contents::{ContentsRecord, StreamEntryRecord, StreamSumRecord};
 use saved_state::end::EndRecord;
 use saved_state::inspect::ALL_KINDS;
+use saved_state::integration::{HeartbeatRecord, IntegrationServiceRecord, ShutdownRequestRecord};
 use saved_state::limits::{MAX_NAME_BYTES, MAX_PACKET_BYTES};
+use saved_state::machine::{MachineRecord, PartitionRecord, ProcessorRecord, SynicRecord};
 use saved_state::memory::{MemoryFileRecord, MemoryPartsRecord, MemoryRegionRecord};
 use saved_state::storage::{DiskIdentityRecord, StorageRecord, StorageRequestRecord};
 use saved_state::transport::{TransportRecord, TransportRegionRecord};
@@ -210,11 +212,18 @@ fn the_structs_and_the_tables_agree() {
     struct_agrees::<Incoming>(<IncomingPacketRecord<'_> as Record>::KIND);
     struct_agrees::<TransportRecord>(TransportRecord::KIND);
     struct_agrees::<TransportRegionRecord>(TransportRegionRecord::KIND);
+    struct_agrees::<MachineRecord>(MachineRecord::KIND);
+    struct_agrees::<PartitionRecord>(PartitionRecord::KIND);
+    struct_agrees::<ProcessorRecord>(ProcessorRecord::KIND);
+    struct_agrees::<SynicRecord>(SynicRecord::KIND);
     struct_agrees::<MemoryFileRecord>(MemoryFileRecord::KIND);
     struct_agrees::<MemoryRegionRecord>(MemoryRegionRecord::KIND);
     struct_agrees::<MemoryPartsRecord>(MemoryPartsRecord::KIND);
+    struct_agrees::<IntegrationServiceRecord>(IntegrationServiceRecord::KIND);
+    struct_agrees::<HeartbeatRecord>(HeartbeatRecord::KIND);
+    struct_agrees::<ShutdownRequestRecord>(ShutdownRequestRecord::KIND);
     let others = ALL_KINDS.iter().filter(|kind| !is_made_from_its_table(kind)).count();
-    assert_eq!(others, 15, "a kind without a struct to compare");
+    assert_eq!(others, 22, "a kind without a struct to compare");
 }
 
 #[test]
