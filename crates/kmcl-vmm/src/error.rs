@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::memory::MemoryFileError;
+
 /// See the module.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -36,6 +38,32 @@ pub enum Error {
     /// The memory cannot be had.
     #[error("guest memory: {0}")]
     Memory(String),
+    /// The system has not set aside as many huge pages as the memory takes.
+    #[error(
+        "{needed} huge pages of 2 MiB are needed, {} are free: write how many to set aside to \
+         /proc/sys/vm/nr_hugepages, or do without",
+        free.unwrap_or(0)
+    )]
+    HugePages {
+        /// How many.
+        needed: u64,
+        /// How many are free; `None` where the system has none of that size.
+        free: Option<u64>,
+    },
+    /// A file of guest memory is not the one that was saved.
+    #[error("{path}: {why}")]
+    MemoryFile {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: MemoryFileError,
+    },
+    /// Saved memory has its regions where this version has none.
+    #[error("the {bytes} bytes of saved memory are at other addresses than this version has them")]
+    MemoryLayout {
+        /// Bytes of it.
+        bytes: u64,
+    },
     /// The number of processors is out of range.
     #[error("{count} processors: give 1 to {most}")]
     Processors {

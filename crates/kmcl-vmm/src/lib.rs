@@ -11,7 +11,7 @@
 //! | [`config`] | what a VM is made of, as JSON too |
 //! | [`control`] | the interface by which a VM is controlled while it runs |
 //! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
-//! | `memory` | guest memory |
+//! | [`memory`] | guest memory, saved and restored too |
 //! | `serial` | the console |
 //! | `layout` | where things are |
 
@@ -23,7 +23,7 @@ mod error;
 mod event;
 mod layout;
 mod machine;
-mod memory;
+pub mod memory;
 mod serial;
 mod vm;
 mod workers;
