@@ -1,5 +1,7 @@
 //! The command line, from which `--help`, the completions and the man pages all come.
 
+pub(crate) mod vm;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,8 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::exit::Exit;
 use crate::size::Size;
 
-/// VMBus storage from the command line: serve disk images as a Hyper-V host does, and read, write,
-/// verify and measure them as a guest does.
+/// VMBus from the command line: run virtual machines on it; serve disk images as a Hyper-V host does, and
+/// read, write, verify and measure them as a guest does.
 #[derive(Debug, Parser)]
 #[command(name = "kmcl", version, after_help = Exit::table(), propagate_version = true)]
 pub(crate) struct Cli {
@@ -39,6 +41,8 @@ pub(crate) enum Command {
     #[command(subcommand, after_help = Exit::table())]
     Disk(Disk),
     Inspect(Inspect),
+    #[command(subcommand, after_help = Exit::table())]
+    Vm(vm::Vm),
     Completions(Completions),
     Man(Man),
 }

@@ -8,6 +8,7 @@ mod man;
 mod restore;
 mod save;
 mod serve;
+mod vm;
 
 use crate::cli::Command;
 use crate::exit::Result;
@@ -25,6 +26,7 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
         Command::Disk(command) => disk::run(command, output),
         Command::Inspect(arguments) => inspect::run(&arguments, output),
         Command::Serve(arguments) => serve::run(&arguments, output),
+        Command::Vm(command) => vm::run(&command, output),
         Command::Save(arguments) => save::run(&arguments, output),
         Command::Restore(arguments) => restore::run(&arguments, output),
     }

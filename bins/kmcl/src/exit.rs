@@ -21,12 +21,14 @@ pub(crate) enum Exit {
     Peer = 4,
     /// This machine refuses something: a file, memory, a program that is not installed.
     System = 5,
+    /// A virtual machine has ended, and its guest has not powered it off.
+    Guest = 6,
 }
 
 impl Exit {
     /// Every code, ascending.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Ok, Self::Mismatch, Self::Usage, Self::Disk, Self::Peer, Self::System];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Ok, Self::Mismatch, Self::Usage, Self::Disk, Self::Peer, Self::System, Self::Guest];
 
     /// What the code means, for people.
     pub(crate) const fn meaning(self) -> &'static str {
@@ -39,6 +41,7 @@ impl Exit {
             }
             Self::Peer => "the other side of the connection is at fault, busy, or not there",
             Self::System => "this machine refuses: a file, memory, a program that is not installed",
+            Self::Guest => "a virtual machine has ended, and its guest has not powered it off",
         }
     }
 

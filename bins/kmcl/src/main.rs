@@ -15,7 +15,6 @@ mod server;
 mod size;
 mod storage_failure;
 mod whole_file;
-mod workers;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

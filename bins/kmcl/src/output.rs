@@ -76,6 +76,17 @@ impl Output {
         write_out(format_args!("{}", text(self.stdout_is_terminal)))
     }
 
+    /// Tells on standard error what happens meanwhile: one line of JSON with `--json`, and otherwise
+    /// `line`. Nobody need listen.
+    pub(crate) fn notice(&self, event: &impl Serialize, line: &str) {
+        let text = if self.json {
+            serde_json::to_string(event).unwrap_or_default()
+        } else {
+            line.to_owned()
+        };
+        let _nobody_listens = writeln!(io::stderr(), "{text}");
+    }
+
     /// Writes one line of JSON with `--json`, and otherwise `line`: for what is said before the end.
     pub(crate) fn announce(&self, event: &impl Serialize, line: &str) -> Result<()> {
         if self.json { self.json_line(event) } else { write_out(format_args!("{line}\n")) }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kmcl::Guid;
+use kmcl_vmm::Workers;
 use kmcl_worker::WorkerError;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -26,7 +27,6 @@ use crate::exit::{Failure, Result};
 use crate::interrupt::Interrupt;
 use crate::output::Output;
 use crate::size::Size;
-use crate::workers::{self, Workers};
 
 /// The instance by which guests know the controller: always the same, so that they know it again.
 const CONTROLLER: Guid = Guid::from_u128(0x6b6d_636c_7363_7369_8000_0000_0000_0001);
@@ -170,7 +170,7 @@ impl<'a> Server<'a> {
 }
 
 fn start_workers(arguments: &Served) -> Result<(Arc<Workers>, u16)> {
-    let count = arguments.back_end.workers.unwrap_or_else(workers::default_count);
+    let count = arguments.back_end.workers.unwrap_or_else(Workers::default_count);
     let workers = Workers::start(count).map_err(worker_failure)?;
     Ok((workers, count))
 }

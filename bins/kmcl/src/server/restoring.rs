@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kmcl_vmm::Workers;
 use saved_state::StreamKind;
 use saved_state::file::{FileError, FileReader, check};
 use saved_state::inspect::ALL_KINDS;
@@ -18,7 +19,6 @@ use super::disks::Disks;
 use super::{bind_failure, controller_config, controller_failure};
 use crate::exit::{Exit, Failure, Result};
 use crate::interrupt::Interrupt;
-use crate::workers::Workers;
 
 /// How often a wait for the guest looks whether it was interrupted.
 const GLANCE: Duration = Duration::from_millis(100);
