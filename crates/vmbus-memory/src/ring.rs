@@ -343,6 +343,12 @@ fn map_circle(
     let once = file_runs(memory, pfns, 0)?;
     let again = file_runs(memory, pfns.get(1..)?, pfns.len())?;
     let taken = budget.take(once.len() + again.len())?;
+    // A VMM may bring memory in on demand, when it is touched where the VMM has mapped it. A page that is
+    // touched first through another mapping of the file would become zeros behind its back: so they are
+    // brought in before there is another one.
+    for pfn in pfns {
+        memory.read(gpa_of(*pfn).ok()?, &mut [0]).ok()?;
+    }
     let mut mapping = Mapping::reserve((1 + 2 * data_pages) * PAGE_SIZE).ok()?;
     for run in once.iter().chain(&again) {
         let (at, len) = (run.at * PAGE_SIZE, run.pages * PAGE_SIZE);

@@ -200,3 +200,16 @@ fn a_ring_outlives_every_other_handle() {
         assert_eq!(&got, b"alive", "{form}");
     }
 }
+
+/// A ring's pages are brought in where the memory's owner has mapped them, before they are mapped a second
+/// time.
+#[test]
+fn pages_are_there_before_they_are_mapped_again() {
+    let memory = GuestMemory::memfd(16 * 4096).unwrap();
+    let (file, _) = memory.regions()[0].backing().unwrap();
+    let pages_there = || rustix::fs::fstat(file).unwrap().st_blocks * 512 / i64::from(PAGE);
+    assert_eq!(pages_there(), 0);
+    let ring = RingPages::map(&memory, &[9, 2, 14], &MappingBudget::default()).unwrap();
+    assert!(ring.is_mapped());
+    assert!(pages_there() >= 3, "large pages may bring in more");
+}
