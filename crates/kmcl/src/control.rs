@@ -522,8 +522,9 @@ fn offer(settings: &Settings) -> Offer {
     offer.mmio_megabytes_optional = settings.mmio_megabytes_optional;
     offer.target_vtl = settings.target_vtl;
     offer.user_defined = settings.user_data;
-    if offer.pipe && offer.user_defined == [0; USER_DATA_SIZE] {
-        // Pipe mode here is one message a packet; zeroes would offer a stream of bytes.
+    if offer.pipe && !offer.tlnpi_provider && offer.user_defined == [0; USER_DATA_SIZE] {
+        // Pipe mode here is one message a packet; zeroes would offer a stream of bytes, which is what a
+        // socket connection is.
         offer.user_defined = zerocopy::transmute!(PipeUserDefined::message_pipe());
     }
     offer
@@ -589,19 +590,22 @@ mod tests {
     use super::*;
     use crate::flags::ChannelFlags;
 
-    /// A pipe here carries one message a packet, and says so in its offer, unless the device says
-    /// something else (vmbus-wire section 3, `user_defined` in pipe mode).
+    /// A pipe here carries one message a packet, and says so in its offer, unless it is a socket
+    /// connection or the device says something else (vmbus-wire section 3, `user_defined` in pipe mode).
     #[test]
     fn a_pipe_is_offered_as_a_message_pipe() {
         let mut own = [0; USER_DATA_SIZE];
         own[4] = 9;
-        for (flags, user_data, expected) in [
-            (ChannelFlags::empty(), [0; USER_DATA_SIZE], [0, 0, 0, 0, 0]),
-            (ChannelFlags::IS_PIPE, [0; USER_DATA_SIZE], [4, 0, 0, 0, 0]),
-            (ChannelFlags::IS_PIPE, own, [0, 0, 0, 0, 9]),
+        let (device, socket) = (ServerFlags::empty(), ServerFlags::TLNPI_PROVIDER_OFFER);
+        for (flags, server_flags, user_data, expected) in [
+            (ChannelFlags::empty(), device, [0; USER_DATA_SIZE], [0, 0, 0, 0, 0]),
+            (ChannelFlags::IS_PIPE, device, [0; USER_DATA_SIZE], [4, 0, 0, 0, 0]),
+            (ChannelFlags::IS_PIPE, device, own, [0, 0, 0, 0, 9]),
+            (ChannelFlags::IS_PIPE, socket, [0; USER_DATA_SIZE], [0, 0, 0, 0, 0]),
         ] {
-            let settings = Settings { flags, user_data, ..Settings::default() };
-            assert_eq!(offer(&settings).user_defined[..5], expected, "{flags:?} {user_data:?}");
+            let settings = Settings { flags, server_flags, user_data, ..Settings::default() };
+            let got = offer(&settings).user_defined;
+            assert_eq!(got[..5], expected, "{flags:?} {server_flags:?} {user_data:?}");
         }
     }
 }

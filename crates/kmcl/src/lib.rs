@@ -64,6 +64,7 @@ mod synchronous;
 mod thread_mark;
 mod traffic;
 mod transactions;
+mod undelivered;
 mod waiting;
 
 pub use batch::Batch;

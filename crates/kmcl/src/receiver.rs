@@ -122,6 +122,12 @@ impl Receiver {
         &mut self.line
     }
 
+    /// What it takes to read messages without delivering them: the ring, whether they have a pipe's
+    /// header, and room for one.
+    pub(crate) fn for_undelivered(&mut self) -> (&mut RingReader, bool, &mut Vec<u8>) {
+        (&mut self.reader, self.is_pipe, &mut self.scratch)
+    }
+
     /// Where the next packet is read, and the size of the ring, in bytes.
     pub(crate) fn ring_state(&self) -> RingState {
         RingState { data_len: self.reader.data_len(), index: self.reader.read_index() }
