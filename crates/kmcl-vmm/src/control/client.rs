@@ -181,6 +181,24 @@ impl Client {
         }
     }
 
+    /// Waits until the VM closes the connection, as it does when it has ended.
+    ///
+    /// # Errors
+    /// [`Error::Connection`], of a connection that ends otherwise.
+    pub fn wait_for_end(mut self) -> Result<(), Error> {
+        self.stream.set_read_timeout(None)?;
+        let mut unread = [0; 256];
+        loop {
+            match self.stream.read(&mut unread) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     fn ask<T: DeserializeOwned>(&mut self, name: &str, body: &[u8]) -> Result<T, Error> {
         let answer = self.request(name, body)?;
         serde_json::from_slice(&answer).map_err(|error| Error::Answer(error.to_string()))
