@@ -1,6 +1,7 @@
 //! `kmcl vm`: virtual machines.
 
 mod console;
+mod control;
 mod run;
 
 use crate::cli::vm::Vm;
@@ -10,6 +11,16 @@ use crate::output::Output;
 pub(crate) fn run(command: &Vm, output: &Output) -> Result<()> {
     match command {
         Vm::Run(arguments) => run::run(arguments, output),
-        _ => Err(crate::exit::Failure::usage("not there yet", "")),
+        Vm::Restore(_) => Err(crate::exit::Failure::usage("not there yet", "")),
+        Vm::Save(arguments) => control::save(arguments, output),
+        Vm::Shutdown(arguments) => control::shutdown(arguments),
+        Vm::Reboot(arguments) => control::reboot(arguments),
+        Vm::Pause(vm) => control::pause(vm),
+        Vm::Resume(vm) => control::resume(vm),
+        Vm::Info(vm) => control::info(vm, output),
+        Vm::Counters(vm) => control::counters(vm, output),
+        Vm::AddDisk(arguments) => control::add_disk(arguments, output),
+        Vm::RemoveDisk(arguments) => control::remove_disk(arguments),
+        Vm::Ctl(arguments) => control::ctl(arguments, output),
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use kmcl_vmm::config::VmConfig;
+use kmcl_vmm::control::Control;
 use kmcl_vmm::{ConsoleOutput, Notice, Observer, Vm, VmEnd, VmError, VmHost};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -20,7 +21,7 @@ pub(super) fn run(arguments: &Run, output: &Output) -> Result<()> {
     let interrupt = Interrupt::catch()?;
     let host = host(&arguments.host, *output)?;
     let vm = Vm::start(config(arguments), host).map_err(failure)?;
-    see_through(vm, interrupt)
+    see_through(vm, &arguments.host, interrupt)
 }
 
 /// What the command line asks for.
@@ -77,9 +78,16 @@ fn tell(notice: &Notice, output: Output) {
 }
 
 /// Drives the VM until it ends or this process is told to.
-pub(super) fn see_through(vm: Vm, interrupt: Interrupt) -> Result<()> {
-    let terminal = RawTerminal::enter()?;
+pub(super) fn see_through(vm: Vm, arguments: &Host, interrupt: Interrupt) -> Result<()> {
     let handle = vm.handle();
+    let control = match &arguments.control {
+        Some(path) => Some(
+            Control::serve(path, Arc::new(handle.clone()))
+                .map_err(|error| Failure::system(error, "choose another --control"))?,
+        ),
+        None => None,
+    };
+    let terminal = RawTerminal::enter()?;
     // These two end with the process.
     let typist = handle.clone();
     let failed = |error| Failure::system(format_args!("cannot start a thread: {error}"), "");
@@ -93,6 +101,7 @@ pub(super) fn see_through(vm: Vm, interrupt: Interrupt) -> Result<()> {
     waiting.map_err(failed)?;
     let end = vm.run();
     drop(terminal);
+    drop(control); // whoever has asked for the end has an answer, and hears of it
     match end {
         VmEnd::PowerOff | VmEnd::Saved | VmEnd::Stopped => Ok(()),
         VmEnd::Reset => Err(Failure::new(Exit::Guest, "the guest has reset the VM", "")),
