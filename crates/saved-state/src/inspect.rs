@@ -57,7 +57,7 @@ use crate::reader::Kinds;
 use crate::record::Record;
 use crate::schema::Fields;
 use crate::version::Readable;
-use crate::{bus, channel, contents, integration, machine, memory, storage, transport};
+use crate::{bus, channel, contents, integration, machine, memory, sockets, storage, transport};
 
 pub use file::{FilePiece, InspectFile, inspect_file};
 pub use rows::{OwnRecord, PacketRow, SizeRow, Sizes};
@@ -93,6 +93,8 @@ pub const ALL_KINDS: Kinds = &[
     integration::IntegrationServiceRecord::KIND,
     integration::HeartbeatRecord::KIND,
     integration::ShutdownRequestRecord::KIND,
+    sockets::SocketsRecord::KIND,
+    sockets::SocketConnectionRecord::KIND,
 ];
 
 /// A stretch of the bytes.

@@ -59,7 +59,7 @@ impl fmt::Display for StreamKind {
 /// | 1 to 15 | of this crate: [`crate::end`], [`crate::contents`] |
 /// | 16 to 63 | `kmcl`: [`crate::channel`] |
 /// | 64 to 127 | `vmbus-host`: the bus |
-/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`], 192 to 255 [`crate::transport`], 256 to 319 [`crate::machine`], 320 to 335 [`crate::memory`], 336 to 351 [`crate::integration`] |
+/// | 128 to 1023 | devices of this project; 128 to 143 is [`crate::storage`], 192 to 255 [`crate::transport`], 256 to 319 [`crate::machine`], 320 to 335 [`crate::memory`], 336 to 351 [`crate::integration`], 352 to 367 [`crate::sockets`] |
 /// | 1024 to 32767 | kept free |
 /// | 32768 to 65535 | devices of others: each needs to differ only within its own streams |
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

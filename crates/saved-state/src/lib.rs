@@ -20,7 +20,7 @@
 //! | [`inspect`](mod@inspect) | a walk through any bytes at all, for tools |
 //! | [`record`], [`schema`], [`kind`] | what a record is, its fields, its names and versions |
 //! | [`bare`] | a record without a chunk, for the bytes that a device keeps with a packet |
-//! | [`channel`], [`bus`], [`storage`], [`transport`], [`machine`], [`memory`], [`integration`] | the records themselves, by owner |
+//! | [`channel`], [`bus`], [`storage`], [`transport`], [`machine`], [`memory`], [`integration`], [`sockets`] | the records themselves, by owner |
 //! | [`limits`] | every bound |
 //!
 //! # A stream there and back
@@ -114,6 +114,7 @@ pub mod reader;
 pub mod record;
 pub mod save;
 pub mod schema;
+pub mod sockets;
 pub mod storage;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;

@@ -12,6 +12,7 @@ use saved_state::integration::{HeartbeatRecord, IntegrationServiceRecord, Shutdo
 use saved_state::limits::{MAX_NAME_BYTES, MAX_PACKET_BYTES};
 use saved_state::machine::{MachineRecord, PartitionRecord, ProcessorRecord, SynicRecord};
 use saved_state::memory::{MemoryFileRecord, MemoryPartsRecord, MemoryRegionRecord};
+use saved_state::sockets::{SocketConnectionRecord, SocketsRecord};
 use saved_state::storage::{DiskIdentityRecord, StorageRecord, StorageRequestRecord};
 use saved_state::transport::{TransportRecord, TransportRegionRecord};
 use saved_state::{Encode, Field, KindInfo, Record, Shape};
@@ -222,8 +223,10 @@ fn the_structs_and_the_tables_agree() {
     struct_agrees::<IntegrationServiceRecord>(IntegrationServiceRecord::KIND);
     struct_agrees::<HeartbeatRecord>(HeartbeatRecord::KIND);
     struct_agrees::<ShutdownRequestRecord>(ShutdownRequestRecord::KIND);
+    struct_agrees::<SocketsRecord>(SocketsRecord::KIND);
+    struct_agrees::<SocketConnectionRecord>(SocketConnectionRecord::KIND);
     let others = ALL_KINDS.iter().filter(|kind| !is_made_from_its_table(kind)).count();
-    assert_eq!(others, 22, "a kind without a struct to compare");
+    assert_eq!(others, 24, "a kind without a struct to compare");
 }
 
 #[test]
