@@ -318,7 +318,8 @@ impl Protocol {
         self.time_sync.resync();
     }
 
-    /// Asks the guest for a shutdown. `reason` is for people, and ends at its first zero.
+    /// Asks the guest for a shutdown. `reason` is for people, and ends at its first zero. `can_send` as
+    /// for [`Self::tick`].
     ///
     /// # Errors
     /// [`ShutdownError`]; nothing has changed.
@@ -326,8 +327,9 @@ impl Protocol {
         &mut self,
         request: ShutdownRequest,
         reason: &str,
+        can_send: bool,
     ) -> Result<Outcome, ShutdownError> {
-        self.shutdown.request(request, reason).map(Outcome::send)
+        self.shutdown.request(request, reason, can_send).map(Outcome::send)
     }
 }
 

@@ -168,8 +168,7 @@ impl IntegrationServices {
     /// would be taken for dead.
     pub fn tick(&self, clocks: Clocks) {
         for service in Service::ALL {
-            let Some(channel) = self.core.channel(service) else { return };
-            let can_send = channel.outgoing_in_use().0 == 0;
+            let can_send = self.core.can_send(service);
             let step = |protocol: &mut Protocol| protocol.tick(service, clocks, can_send);
             if self.core.step(service, step).is_none() {
                 return; // frozen
@@ -197,8 +196,9 @@ impl IntegrationServices {
         reason: &str,
     ) -> Result<(), ShutdownError> {
         let mut refused = None;
+        let can_send = self.core.can_send(Service::Shutdown);
         let step = |protocol: &mut Protocol| {
-            protocol.request_shutdown(request, reason).unwrap_or_else(|error| {
+            protocol.request_shutdown(request, reason, can_send).unwrap_or_else(|error| {
                 refused = Some(error);
                 Outcome::default()
             })
@@ -309,6 +309,11 @@ impl Core {
             self.observer.happened(event);
         }
         Some(())
+    }
+
+    /// Whether no message waits for room in the ring of `service`.
+    fn can_send(&self, service: Service) -> bool {
+        self.channel(service).is_some_and(|channel| channel.outgoing_in_use().0 == 0)
     }
 
     fn send(&self, service: Service, message: &Message) {

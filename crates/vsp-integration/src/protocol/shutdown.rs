@@ -85,6 +85,9 @@ pub enum ShutdownError {
         /// Which one.
         asked: ShutdownRequest,
     },
+    /// The guest reads nothing: a former request still waits for room in its ring.
+    #[error("the guest reads nothing: a former request waits for room in its ring")]
+    Unread,
     /// The guest is too old.
     #[error("{kind}: the guest speaks shutdown {version}, this came with {}", .kind.since())]
     Unsupported {
@@ -163,6 +166,7 @@ impl Shutdown {
         &mut self,
         request: ShutdownRequest,
         reason: &str,
+        can_send: bool,
     ) -> Result<Message, ShutdownError> {
         let bytes = reason.len();
         let phase = self.dialogue.phase;
@@ -171,6 +175,9 @@ impl Shutdown {
         };
         if let Some(asked) = self.asked {
             return Err(ShutdownError::Busy { asked });
+        }
+        if !can_send {
+            return Err(ShutdownError::Unread);
         }
         let ShutdownRequest { kind, force } = request;
         if !kind.is_known_in(version) {
