@@ -24,6 +24,8 @@ mod lazy;
 mod part;
 mod save;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::fs::File;

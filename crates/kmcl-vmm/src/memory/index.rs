@@ -23,10 +23,16 @@ use super::{LEAST, MOST, Placed, UNIT};
 
 /// Bytes of each part of memory: what is checked, compressed and loaded as one. A page of huge pages is
 /// a part.
-pub const PART_BYTES: u64 = UNIT;
+pub const PART_BYTES: u64 = PART_LEN as u64;
+
+/// The same, as a part's length is stated.
+const PART_LEN: u32 = 2 << 20;
+
+// Regions, then, are whole parts.
+const _: () = assert!(PART_BYTES == UNIT);
 
 /// Most bytes of a compressed part: what Zstandard makes of bytes that it cannot compress.
-pub(super) const MAX_FRAME_BYTES: u32 = (PART_BYTES + (PART_BYTES >> 8)) as u32;
+pub(super) const MAX_FRAME_BYTES: u32 = PART_LEN + (PART_LEN >> 8);
 
 /// Bytes of a page: what is left out where it is zeros.
 pub(super) const PAGE: usize = 4096;
@@ -325,7 +331,7 @@ impl Reading {
             let (length, checksum) = (u32::from_le_bytes(*length), u32::from_le_bytes(*checksum));
             let part = self.parts.len() as u64;
             let (at, most) = match form {
-                Form::Plain => (part * PART_BYTES, PART_BYTES as u32),
+                Form::Plain => (part * PART_BYTES, PART_LEN),
                 Form::Zstd => (self.stored, MAX_FRAME_BYTES),
             };
             if length > most {
@@ -442,4 +448,187 @@ impl Save for MemoryIndexSave<'_> {
 /// As records have it. Memory has at most 2^19 parts, and 8 regions.
 fn count(of: usize) -> u32 {
     u32::try_from(of).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saved_state::Encode;
+
+    const MIB: u64 = 1 << 20;
+
+    fn regions() -> Vec<Placed> {
+        let low = Placed { gpa: 0, offset: 0, len: 48 * MIB };
+        vec![low, Placed { gpa: 1 << 32, offset: 48 * MIB, len: 16 * MIB }]
+    }
+
+    fn index(form: Form) -> MemoryIndex {
+        let mut index = MemoryIndex::zeros(form, regions());
+        let mut at = 0;
+        for (number, part) in index.parts.iter_mut().enumerate() {
+            let length = [0, 4096, 8192][number % 3];
+            let checksum = if length == 0 { 0 } else { 7 + u32::try_from(number).unwrap() };
+            let plain_at = number as u64 * PART_BYTES;
+            *part = Part { at: if form == Form::Plain { plain_at } else { at }, length, checksum };
+            at += u64::from(length);
+        }
+        index
+    }
+
+    fn stream(index: &MemoryIndex) -> Vec<u8> {
+        let mut out = Vec::new();
+        let producer = Producer::new("test").unwrap();
+        let mut save = index.save(FormatVersion::NEWEST, producer).unwrap();
+        save.write_to(&mut out).unwrap();
+        out
+    }
+
+    #[test]
+    fn an_index_comes_back_and_nothing_behind_it_is_read() {
+        for form in [Form::Plain, Form::Zstd] {
+            let index = index(form);
+            let bytes = [stream(&index), b"next".to_vec()].concat();
+            let mut source = &bytes[..];
+            assert_eq!(MemoryIndex::read(&mut source).unwrap(), index, "{form:?}");
+            assert_eq!(source, b"next");
+        }
+    }
+
+    /// As much memory as there can be, over many records.
+    #[test]
+    fn the_largest_index_comes_back() {
+        let all = vec![Placed { gpa: 0, offset: 0, len: MOST }];
+        let mut index = MemoryIndex::zeros(Form::Plain, all);
+        for (number, part) in (0..).zip(&mut index.parts) {
+            *part = Part { at: number * PART_BYTES, length: PART_LEN, checksum: 9 };
+        }
+        let bytes = stream(&index);
+        assert!(bytes.len() < 5 << 20, "{} bytes", bytes.len());
+        assert_eq!(MemoryIndex::read(&bytes[..]).unwrap(), index);
+    }
+
+    #[test]
+    fn no_frame_is_longer_than_what_cannot_be_compressed() {
+        let longest = zstd::zstd_safe::compress_bound(PART_LEN as usize);
+        assert_eq!(longest, MAX_FRAME_BYTES as usize);
+    }
+
+    /// The records of an index, to be changed.
+    struct Records {
+        file: MemoryFileRecord,
+        regions: Vec<MemoryRegionRecord>,
+        parts: Vec<MemoryPartsRecord>,
+        /// The file's record comes again, or not at all.
+        files: usize,
+    }
+
+    impl Records {
+        fn bytes(&self) -> Vec<u8> {
+            let info = StreamInfo {
+                stream: StreamKind::MEMORY,
+                flags: HeaderFlags::default(),
+                interface_type: Guid::ZERO,
+                interface_instance: Guid::ZERO,
+                producer: Producer::new("test").unwrap(),
+                chunks: 0,
+                bytes: 0,
+                items: 0,
+            };
+            let mut writer = StreamWriter::new(FormatVersion::NEWEST, info, KINDS).unwrap();
+            let mut out = Vec::new();
+            let mut room = vec![0; 1 << 20];
+            let mut add = |step: Step, room: &[u8]| {
+                let Step::Written { bytes } = step else { panic!("{step:?}") };
+                out.extend_from_slice(&room[..bytes]);
+            };
+            add(writer.header(&mut room).unwrap(), &room);
+            fn record<R: Encode>(writer: &mut StreamWriter, it: &R, room: &mut [u8]) -> Step {
+                writer.record(it, room).unwrap()
+            }
+            for _ in 0..self.files {
+                add(record(&mut writer, &self.file, &mut room), &room);
+            }
+            for region in &self.regions {
+                add(record(&mut writer, region, &mut room), &room);
+            }
+            for parts in &self.parts {
+                add(record(&mut writer, parts, &mut room), &room);
+            }
+            add(writer.end(&mut room).unwrap(), &room);
+            out
+        }
+    }
+
+    #[test]
+    fn an_index_that_lies_is_refused_with_the_numbers() {
+        let rows = |value: u32, count: usize| value.to_le_bytes().repeat(count);
+        let good = || Records {
+            file: MemoryFileRecord {
+                memory_bytes: 64 * MIB,
+                part_bytes: PART_BYTES,
+                form: MemoryForm::Zstd.into(),
+                file_bytes: 32 * 100,
+                regions: 1,
+            },
+            regions: vec![MemoryRegionRecord { gpa: 0, offset: 0, len: 64 * MIB }],
+            parts: vec![MemoryPartsRecord {
+                first: 0,
+                lengths: rows(100, 32),
+                checksums: rows(1, 32),
+            }],
+            files: 1,
+        };
+        MemoryIndex::read(&good().bytes()[..]).unwrap();
+        type Change = fn(&mut Records);
+        let changes: [(&str, Change); 20] = [
+            ("Order { found: \"memory.region\"", |it| it.files = 0),
+            ("Order { found: \"memory.file\"", |it| it.files = 2),
+            ("MemoryBytes { bytes: 2097152", |it| it.file.memory_bytes = UNIT),
+            ("MemoryBytes { bytes: 67108865", |it| it.file.memory_bytes += 1),
+            ("MemoryBytes { bytes: 18446744073707454464", |it| {
+                it.file.memory_bytes = u64::MAX - UNIT + 1
+            }),
+            ("PartBytes { found: 4096", |it| it.file.part_bytes = 4096),
+            ("Regions { found: 0, expected: 4294967295, most: 8", |it| it.file.regions = u32::MAX),
+            ("Regions { found: 2, expected: 1", |it| it.regions.push(it.regions[0].clone())),
+            ("Regions { found: 1, expected: 2", |it| it.file.regions = 2),
+            ("Region { offset: 1, len: 67108864, expected: 0", |it| it.regions[0].offset = 1),
+            ("Region { offset: 0, len: 4096, expected: 0", |it| it.regions[0].len = 4096),
+            ("Region { offset: 0, len: 33554432, expected: 67108864", |it| {
+                it.regions[0].len = 32 * MIB;
+            }),
+            ("Region { offset: 0, len: 67108864, expected: 0", |it| it.regions[0].gpa = u64::MAX),
+            ("Region { offset: 0, len: 9223372036854775808", |it| it.regions[0].len = 1 << 63),
+            ("Parts { first: 1, end: 33, next: 0, total: 32", |it| it.parts[0].first = 1),
+            ("Parts { first: 0, end: 32, next: 32, total: 32", |it| {
+                it.parts.push(it.parts[0].clone())
+            }),
+            ("Parts { first: 32, end: 32, next: 32, total: 64", |it| {
+                it.file.memory_bytes *= 2;
+                it.regions[0].len *= 2;
+            }),
+            ("Lists { first: 0, lengths: 128, checksums: 127", |it| {
+                it.parts[0].checksums.pop();
+            }),
+            ("Length { part: 0, length: 2105345, most: 2105344", |it| {
+                it.parts[0].lengths[..4].copy_from_slice(&2_105_345_u32.to_le_bytes());
+            }),
+            ("FileBytes { stated: 3201, found: 3200", |it| it.file.file_bytes += 1),
+        ];
+        for (expected, change) in changes {
+            let mut records = good();
+            change(&mut records);
+            let error = MemoryIndex::read(&records.bytes()[..]).unwrap_err();
+            assert!(format!("{error:?}").starts_with(expected), "{expected}: {error:?}");
+        }
+    }
+
+    /// What is cut or damaged is told by the stream; nothing is taken for memory without its end.
+    #[test]
+    fn an_index_that_is_cut_is_refused() {
+        let bytes = stream(&index(Form::Zstd));
+        for end in 0..bytes.len() {
+            assert!(MemoryIndex::read(&bytes[..end]).is_err(), "{end}");
+        }
+    }
 }

@@ -52,12 +52,7 @@ impl Loading {
         reader: PartReader,
         failed: LoadFailed,
     ) -> Result<Self, Error> {
-        let shared = Arc::new(Shared {
-            stopping: AtomicBool::new(false),
-            loaded_bytes: AtomicU64::new(0),
-            phase: Mutex::new(Phase::Loading),
-            changed: Condvar::new(),
-        });
+        let shared = Arc::new(Shared::new());
         let loader = Loader::new(pages, reader, Arc::clone(&shared));
         let thread = thread::Builder::new().name("memory".to_owned());
         let thread = thread.spawn(move || loader.run(failed)).map_err(Error::Thread)?;
@@ -102,6 +97,15 @@ impl Drop for Loading {
 }
 
 impl Shared {
+    fn new() -> Self {
+        Self {
+            stopping: AtomicBool::new(false),
+            loaded_bytes: AtomicU64::new(0),
+            phase: Mutex::new(Phase::Loading),
+            changed: Condvar::new(),
+        }
+    }
+
     fn phase(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,7 +121,7 @@ impl Shared {
 }
 
 /// What brings parts in.
-struct Loader {
+pub(super) struct Loader {
     pages: MissingPages,
     reader: PartReader,
     /// Of each part, whether it is in.
@@ -128,6 +132,18 @@ struct Loader {
 }
 
 impl Loader {
+    /// One that brings in what it is told to, on the caller's thread.
+    #[cfg(test)]
+    pub(super) fn by_hand(pages: MissingPages, reader: PartReader) -> Self {
+        Self::new(pages, reader, Arc::new(Shared::new()))
+    }
+
+    /// Parts that are in.
+    #[cfg(test)]
+    pub(super) fn loaded(&self) -> usize {
+        self.loaded.iter().filter(|loaded| **loaded).count()
+    }
+
     fn new(pages: MissingPages, reader: PartReader, shared: Arc<Shared>) -> Self {
         let loaded = vec![false; reader.index().parts.len()];
         Self { pages, reader, loaded, first_missing: 0, shared }
@@ -163,7 +179,7 @@ impl Loader {
     }
 
     /// Brings in every page that somebody waits for.
-    fn serve(&mut self) -> Result<(), Error> {
+    pub(super) fn serve(&mut self) -> Result<(), Error> {
         while let Some(offset) = self.pages.next().map_err(failed)? {
             self.bring_in(usize::try_from(offset / PART_BYTES).unwrap_or(usize::MAX))?;
             // The part may have had zeros there, or have been in before the page was asked for.

@@ -47,15 +47,24 @@ pub fn save_memory(
     progress: &mut dyn FnMut(MemoryProgress),
 ) -> Result<MemoryIndex, Error> {
     ram.wait_until_loaded()?;
-    let failed = |source| Error::File { path: to.to_owned(), source };
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to);
-    let file = file.map_err(failed)?;
-    let written = write(ram, &file, compression, progress);
-    written.map_err(|error| {
-        let _nobody_needs_it = std::fs::remove_file(to);
+    let file = file.map_err(|source| Error::File { path: to.to_owned(), source })?;
+    save_into(ram, &file, to, compression, progress)
+}
+
+/// Writes memory into `file`, which is new and at `path`.
+pub(super) fn save_into(
+    ram: &Ram,
+    file: &File,
+    path: &Path,
+    compression: Compression,
+    progress: &mut dyn FnMut(MemoryProgress),
+) -> Result<MemoryIndex, Error> {
+    write(ram, file, compression, progress).map_err(|error| {
+        let _nobody_needs_it = std::fs::remove_file(path);
         match error {
             Failed::Memory(error) => Error::Memory(format!("cannot be read: {error}")),
-            Failed::File(source) => failed(source),
+            Failed::File(source) => Error::File { path: path.to_owned(), source },
         }
     })
 }
