@@ -56,6 +56,13 @@ pub const PRIVILEGES: Privileges = Privileges::TIME_REF_COUNT
     .union(Privileges::FREQUENCIES)
     .union(Privileges::TSC_INVARIANT);
 
+/// Leaf 1, ECX: a hypervisor is present.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, ECX, and leaf 0x80000001, ECX: the guest may be a hypervisor itself. What KVM keeps for such a
+/// guest is not saved, so it is not to be had.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+
 /// The hypervisor's leaves.
 #[must_use]
 pub fn leaves() -> Vec<kvm_cpuid_entry2> {
@@ -79,7 +86,7 @@ pub fn leaves() -> Vec<kvm_cpuid_entry2> {
 }
 
 /// Turns what a processor may have (`KVM_GET_SUPPORTED_CPUID`) into what one of a Hyper-V guest has: a
-/// hypervisor is present, and it is this one and no other.
+/// hypervisor is present, it is this one and no other, and the guest is none itself.
 ///
 /// # Errors
 /// As many leaves as KVM takes are there already.
@@ -91,8 +98,10 @@ pub fn apply(supported: &CpuId) -> Result<CpuId, vmm_sys_util::fam::Error> {
         .copied()
         .collect();
     for entry in &mut entries {
-        if entry.function == 1 {
-            entry.ecx |= 1 << 31;
+        match entry.function {
+            1 => entry.ecx = entry.ecx & !VMX | HYPERVISOR,
+            0x8000_0001 => entry.ecx &= !SVM,
+            _ => {}
         }
     }
     entries.extend(leaves());

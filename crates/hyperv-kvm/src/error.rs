@@ -1,6 +1,7 @@
 //! Why a host cannot give a guest Hyper-V's interfaces.
 
 use crate::probe::Mode;
+use crate::state::StateError;
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,28 @@ pub enum Error {
         /// Of what.
         what: &'static str,
     },
+    /// A saved state is damaged, or not one of a partition.
+    #[error("saved state of the machine: {0}")]
+    State(#[from] StateError),
+    /// This machine is not like the one on which the guest was saved. A line for each difference.
+    #[error("{}", .0.join("\n"))]
+    Differences(Vec<String>),
+    /// A processor of this machine refuses a register's value.
+    #[error("processor {vp}: MSR {msr:#x} does not take {value:#x} here")]
+    Msr {
+        /// Index of the processor.
+        vp: u32,
+        /// The MSR's number.
+        msr: u32,
+        /// The value that was saved.
+        value: u64,
+    },
+    /// The saved bus is damaged.
+    #[error("saved state of the bus: {0}")]
+    Bus(#[from] vmbus_host::RestoreError),
+    /// The bus cannot go on.
+    #[error(transparent)]
+    Finish(#[from] vmbus_host::FinishRestoreError),
     /// An exit that does not come in this mode.
     #[error("{exit} in mode {mode}")]
     UnexpectedExit {

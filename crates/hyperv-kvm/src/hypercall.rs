@@ -130,6 +130,22 @@ pub const PAGE_CODE: [u8; 36] = [
     0xc3,                               // ret
 ];
 
+/// The code of the hypercall page of a guest that was saved where KVM had written its own: a call of
+/// three bytes at the start, a return behind it. Somebody may be about to execute either.
+///
+/// Such a guest has seen that the page does not begin with `endbr64`, and has made do without.
+#[rustfmt::skip]
+pub(crate) const PAGE_CODE_AFTER_KVM: [u8; 36] = {
+    let mut code = PAGE_CODE;
+    let (start, _) = code.split_at_mut(4);
+    start.copy_from_slice(&[
+        0xeb, 0x02, // jmp over the next two
+        0x90,       // nop: nobody comes here
+        0xc3,       // ret: where KVM's is
+    ]);
+    code
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;

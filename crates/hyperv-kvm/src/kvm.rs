@@ -1,25 +1,30 @@
 //! What `kvm-ioctls` has no safe call for.
-#![allow(unsafe_code, reason = "one ioctl, and fields of unions that KVM filled")]
+#![allow(unsafe_code, reason = "ioctls, and fields of unions that KVM filled")]
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 
 use kvm_bindings::{
-    KVM_HYPERV_EVENTFD_DEASSIGN, KVM_IRQ_ROUTING_HV_SINT, KVMIO, kvm_hyperv_eventfd,
-    kvm_irq_routing_entry,
+    KVM_HYPERV_EVENTFD_DEASSIGN, KVM_IRQ_ROUTING_HV_SINT, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    KVMIO, Xsave, kvm_device_attr, kvm_hyperv_eventfd, kvm_irq_routing_entry, kvm_xsave,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 ioctl_iow_nr!(KVM_HYPERV_EVENTFD, KVMIO, 0xbd, kvm_hyperv_eventfd);
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
 /// From now on a guest's signal to `connection_id` makes `event` readable, in the kernel; or no longer.
 pub(crate) fn set_signal_event(
     vm: &VmFd,
     connection_id: u32,
     event: Option<BorrowedFd<'_>>,
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     let argument = kvm_hyperv_eventfd {
         conn_id: connection_id,
         fd: event.map_or(-1, |event| event.as_raw_fd()),
@@ -29,11 +34,11 @@ pub(crate) fn set_signal_event(
     // SAFETY: the descriptor is that of a VM, the argument what this ioctl reads, and it lives as long
     // as the call; KVM takes a reference of its own to the eventfd.
     let result = unsafe { ioctl_with_ref(vm, KVM_HYPERV_EVENTFD(), &argument) };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Another descriptor of an eventfd, as `kvm-ioctls` takes them.
-pub(crate) fn event_of(event: BorrowedFd<'_>) -> std::io::Result<EventFd> {
+pub(crate) fn event_of(event: BorrowedFd<'_>) -> io::Result<EventFd> {
     let own = event.try_clone_to_owned()?;
     // SAFETY: the descriptor was just made for us, and nobody else closes it.
     Ok(unsafe { EventFd::from_raw_fd(own.into_raw_fd()) })
@@ -101,4 +106,93 @@ pub(crate) fn hyperv_exit(vcpu: &mut VcpuFd) -> HypervExit {
 pub(crate) fn set_hypercall_result(vcpu: &mut VcpuFd, result: u64) {
     let run = vcpu.get_kvm_run();
     run.__bindgen_anon_1.hyperv.u.hcall.result = result;
+}
+
+/// What the TSC of a vCPU adds to the machine's own. Linux 5.16 and later.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
+    let mut offset = 0_u64;
+    let attribute = tsc_attribute(&mut offset);
+    // SAFETY: the descriptor is that of a vCPU, the argument what this ioctl reads; it names eight bytes
+    // that are ours to be written and live as long as the call.
+    let result = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
+    if result == 0 { Ok(offset) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets [`tsc_offset`].
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
+    let mut offset = offset;
+    let attribute = tsc_attribute(&mut offset);
+    // SAFETY: as in `tsc_offset`; the eight bytes are read.
+    let result = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn tsc_attribute(offset: &mut u64) -> kvm_device_attr {
+    kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: std::ptr::from_mut(offset).expose_provenance() as u64,
+    }
+}
+
+/// Bytes of what KVM takes and gives as the area that XSAVE writes, in a VM.
+pub(crate) fn xsave_bytes(vm: &VmFd) -> usize {
+    usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(size_of::<kvm_xsave>())
+}
+
+/// The area that XSAVE writes: `bytes` of it, which is [`xsave_bytes`].
+pub(crate) fn xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Vec<u8>, kvm_ioctls::Error> {
+    let mut area = xsave_area(bytes)?;
+    if bytes > size_of::<kvm_xsave>() {
+        // SAFETY: the area is as long as KVM says that it is in this VM; nothing in this process asks
+        // for features that would make it longer.
+        unsafe { vcpu.get_xsave2(&mut area) }?;
+    } else {
+        // SAFETY: the area's length is not changed, nor anything in it but its words.
+        unsafe { area.as_mut_fam_struct() }.xsave.region = vcpu.get_xsave()?.region;
+    }
+    let first = area.as_fam_struct_ref().xsave.region.iter();
+    Ok(first.chain(area.as_slice()).flat_map(|word| word.to_le_bytes()).collect())
+}
+
+/// Sets the area that XSAVE writes: the first `saved.len()` of `bytes`, which is [`xsave_bytes`]; the rest
+/// is zeros.
+pub(crate) fn set_xsave(
+    vcpu: &VcpuFd,
+    bytes: usize,
+    saved: &[u8],
+) -> Result<(), kvm_ioctls::Error> {
+    let mut area = xsave_area(bytes)?;
+    let words = |bytes: &[u8]| -> Vec<u32> {
+        let (words, rest) = bytes.as_chunks::<4>();
+        let mut last = [0; 4];
+        last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+        words.iter().chain([&last]).map(|word| u32::from_le_bytes(*word)).collect()
+    };
+    let (first, behind) = saved.split_at(saved.len().min(size_of::<kvm_xsave>()));
+    // SAFETY: the area's length is not changed, nor anything in it but its words.
+    let region = &mut unsafe { area.as_mut_fam_struct() }.xsave.region;
+    region.iter_mut().zip(words(first)).for_each(|(to, from)| *to = from);
+    area.as_mut_slice().iter_mut().zip(words(behind)).for_each(|(to, from)| *to = from);
+    // SAFETY: the area is as long as KVM says that it is in this VM.
+    unsafe { vcpu.set_xsave2(&area) }
+}
+
+fn xsave_area(bytes: usize) -> Result<Xsave, kvm_ioctls::Error> {
+    let behind = bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
+    Xsave::new(behind).map_err(|_| kvm_ioctls::Error::new(ENOMEM))
+}
+
+const ENOMEM: i32 = 12;
+
+/// Where KVM keeps its statistics of a VM or a vCPU. Linux 5.14 and later.
+pub(crate) fn statistics(of: &impl AsRawFd) -> io::Result<File> {
+    // SAFETY: the descriptor is that of a VM or a vCPU, and this ioctl has no argument.
+    let descriptor = unsafe { ioctl(of, KVM_GET_STATS_FD()) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: KVM has just made the descriptor for us, and nobody else closes it.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
 }

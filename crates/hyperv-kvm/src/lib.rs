@@ -14,6 +14,11 @@
 //! | `synic` | message slots, event flags, interrupts |
 //! | `partition`, `vp` | the guest, and each of its processors |
 //! | `probe` | what this KVM can do: [`Mode`] |
+//! | `save`, [`restore`] | all of it and the vCPUs' state, as records and back |
+//! | [`statistics`] | what KVM counts |
+//!
+//! A guest that stands still is saved with [`Partition::save`], and goes on from [`restore`], step by step:
+//! the order that guests need is the only one that compiles.
 //!
 //! There are two ways behind one interface. Where KVM emulates Hyper-V ([`Mode::Kernel`]), a signal of
 //! the guest reaches its channel without leaving the kernel. Where it was built without
@@ -27,10 +32,19 @@ mod kvm;
 pub mod msr;
 mod partition;
 mod probe;
+mod processor;
+mod registers;
+pub mod restore;
+mod save;
+mod state;
+pub mod statistics;
 mod synic;
+mod synthetic;
 mod vp;
 
 pub use error::Error;
 pub use partition::{Partition, PartitionConfig};
 pub use probe::Mode;
+pub use save::PartitionState;
+pub use state::StateError;
 pub use vp::{CrashReport, Outcome, Vp};

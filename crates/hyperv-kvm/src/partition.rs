@@ -26,6 +26,7 @@ use crate::hypercall::SIGNAL_PORT;
 use crate::kvm;
 use crate::msr;
 use crate::probe::Mode;
+use crate::registers::Globals;
 use crate::synic::Synic;
 use crate::synic::page::{self, Put};
 use crate::vp::Vp;
@@ -73,7 +74,8 @@ pub(crate) struct Port {
     pub(crate) globals: Mutex<Globals>,
     /// Mode [`Mode::User`]: what the guest's signals to each connection make readable.
     listening: Mutex<BTreeMap<u32, EventFd>>,
-    started: Instant,
+    /// When the reference time was what.
+    started: (Instant, u64),
     pub(crate) tsc_khz: u32,
 }
 
@@ -84,63 +86,37 @@ struct Line {
     event: EventFd,
 }
 
-/// Registers that all VPs share.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Globals {
-    pub(crate) guest_os_id: u64,
-    pub(crate) hypercall: u64,
-    pub(crate) reference_tsc: u64,
-    pub(crate) tsc_invariant: u64,
-    pub(crate) crash: [u64; 5],
+/// What a port is made of.
+pub(crate) struct Parts {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) mode: Mode,
+    pub(crate) vps: u32,
+    pub(crate) tsc_khz: u32,
+    pub(crate) routes: Vec<kvm_irq_routing_entry>,
+    /// Where the reference time begins, in units of 100 ns.
+    pub(crate) reference_time: u64,
 }
 
 impl Partition {
-    /// Makes a guest of `vm`, which has its interrupt controllers already and no vCPU yet. `memory` is
-    /// what is mapped into it.
+    /// Makes a guest of `vm`, which has its interrupt controllers already and no vCPU that has run.
+    /// `memory` is what is mapped into it.
     ///
     /// # Errors
     /// [`Error`]: a KVM that lacks something, or refuses a call.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory, config: PartitionConfig) -> Result<Self, Error> {
-        let count = config.vps;
-        if count == 0 || count > MAX_VPS {
-            return Err(Error::VpCount { count });
-        }
-        let mode = match config.mode {
-            Some(mode) => mode.check(&vm).map(|()| mode)?,
-            None => Mode::choose(&vm)?,
-        };
-        let taken = event()?;
-        let lines = match mode {
-            Mode::Kernel => make_lines(&vm, &config, &taken)?,
-            Mode::User => {
-                trap_msrs(&vm)?;
-                Vec::new()
-            }
-        };
-        let mut routes = config.routes;
-        if mode == Mode::Kernel {
-            for vp in 0..count {
-                let (event, message) = gsis(vp);
-                routes.extend([event, message].map(|gsi| kvm::sint_route(gsi, vp, VMBUS_SINT)));
-            }
-        }
-        set_routes(&vm, &routes)?;
-        let port = Arc::new_cyclic(|myself| Port {
-            myself: Weak::clone(myself),
-            vm,
-            memory,
-            mode,
-            synics: (0..count).map(|_| Synic::new()).collect(),
-            lines,
-            routes,
-            taken,
-            globals: Mutex::default(),
-            listening: Mutex::default(),
-            started: Instant::now(),
-            tsc_khz: config.tsc_khz,
-        });
-        let bus = HostBus::new(Arc::clone(&port) as Arc<dyn GuestPort>, config.bus);
+        let PartitionConfig { vps, mode, tsc_khz, bus, routes } = config;
+        let mode = Mode::of(mode, &vm)?;
+        let reference_time = 0;
+        let parts = Parts { vm, memory, mode, vps, tsc_khz, routes, reference_time };
+        let port = Port::new(parts)?;
+        let bus = HostBus::new(Arc::clone(&port) as Arc<dyn GuestPort>, bus);
         Ok(Self { port, bus })
+    }
+
+    /// A guest that was saved, with its bus.
+    pub(crate) fn restored(port: Arc<Port>, bus: HostBus) -> Self {
+        Self { port, bus }
     }
 
     /// The bus on which devices are offered to the guest.
@@ -180,17 +156,21 @@ impl Partition {
     /// # Errors
     /// [`Error::NoVp`], [`Error::Kvm`].
     pub fn add_vp(&self, index: u32, vcpu: &VcpuFd) -> Result<Vp, Error> {
-        let count = u32::try_from(self.port.synics.len()).unwrap_or(u32::MAX);
+        let count = self.port.vp_count();
         if index >= count {
             return Err(Error::NoVp { index, count });
         }
-        if self.port.mode == Mode::Kernel {
-            let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
-            vcpu.enable_cap(&cap).map_err(Error::kvm("KVM_CAP_HYPERV_SYNIC2"))?;
-            // A SynIC learns its GSIs when routes are set, and from then on only: now that it is there.
-            set_routes(&self.port.vm, &self.port.routes)?;
-        }
-        Ok(Vp::new(index, Arc::clone(&self.port), self.bus.clone()))
+        self.port.enable_synic(vcpu)?;
+        Ok(self.vp(index))
+    }
+
+    /// The virtual processor of an index that is below the count, whose SynIC is there.
+    pub(crate) fn vp(&self, index: u32) -> Vp {
+        Vp::new(index, Arc::clone(&self.port), self.bus.clone())
+    }
+
+    pub(crate) fn port(&self) -> &Arc<Port> {
+        &self.port
     }
 }
 
@@ -213,9 +193,9 @@ fn event() -> Result<EventFd, Error> {
 }
 
 /// What raises the synthetic interrupts of all VPs.
-fn make_lines(vm: &VmFd, config: &PartitionConfig, taken: &EventFd) -> Result<Vec<Line>, Error> {
+fn make_lines(vm: &VmFd, vps: u32, taken: &EventFd) -> Result<Vec<Line>, Error> {
     let mut lines = Vec::new();
-    for vp in 0..config.vps {
+    for vp in 0..vps {
         let (event_gsi, message_gsi) = gsis(vp);
         let line = Line { message: event()?, event: event()? };
         vm.register_irqfd_with_resample(&line.message, taken, message_gsi)
@@ -268,6 +248,67 @@ fn trap_msrs(vm: &VmFd) -> Result<(), Error> {
 }
 
 impl Port {
+    pub(crate) fn new(parts: Parts) -> Result<Arc<Self>, Error> {
+        let Parts { vm, memory, mode, vps: count, tsc_khz, mut routes, reference_time } = parts;
+        if count == 0 || count > MAX_VPS {
+            return Err(Error::VpCount { count });
+        }
+        let taken = event()?;
+        let lines = match mode {
+            Mode::Kernel => {
+                for vp in 0..count {
+                    let (event, message) = gsis(vp);
+                    routes.extend([event, message].map(|gsi| kvm::sint_route(gsi, vp, VMBUS_SINT)));
+                }
+                make_lines(&vm, count, &taken)?
+            }
+            Mode::User => {
+                trap_msrs(&vm)?;
+                Vec::new()
+            }
+        };
+        set_routes(&vm, &routes)?;
+        Ok(Arc::new_cyclic(|myself| Self {
+            myself: Weak::clone(myself),
+            vm,
+            memory,
+            mode,
+            synics: (0..count).map(|_| Synic::new()).collect(),
+            lines,
+            routes,
+            taken,
+            globals: Mutex::default(),
+            listening: Mutex::default(),
+            started: (Instant::now(), reference_time),
+            tsc_khz,
+        }))
+    }
+
+    /// Has KVM emulate the SynIC of a vCPU, where it is KVM that does.
+    pub(crate) fn enable_synic(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        if self.mode == Mode::User {
+            return Ok(());
+        }
+        let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
+        vcpu.enable_cap(&cap).map_err(Error::kvm("KVM_CAP_HYPERV_SYNIC2"))?;
+        // A SynIC learns its GSIs when routes are set, and from then on only: now that it is there.
+        set_routes(&self.vm, &self.routes)
+    }
+
+    /// Interrupts each VP that can be, as for a message and as for an event. One that was raised before
+    /// and had not arrived is made up for by this.
+    pub(crate) fn interrupt_all(&self) {
+        for (vp, synic) in (0..).zip(&self.synics) {
+            let ways =
+                [(true, synic.message_page(VMBUS_SINT)), (false, synic.event_page(VMBUS_SINT))];
+            for (message, page) in ways {
+                if let Some((_, vector)) = page {
+                    self.interrupt(vp, vector, message);
+                }
+            }
+        }
+    }
+
     pub(crate) fn synic(&self, vp: u32) -> Option<&Synic> {
         self.synics.get(vp as usize)
     }
@@ -282,7 +323,8 @@ impl Port {
 
     /// Time since the partition's start, in units of 100 ns.
     pub(crate) fn reference_time(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos() / 100).unwrap_or(u64::MAX)
+        let (at, then) = self.started;
+        then.wrapping_add(u64::try_from(at.elapsed().as_nanos() / 100).unwrap_or(u64::MAX))
     }
 
     /// Raises the synthetic interrupt of a VP: a message is there.

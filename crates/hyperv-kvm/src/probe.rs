@@ -70,6 +70,14 @@ const NEEDS: [(Mode, &str, u32, &str); 5] = [
 ];
 
 impl Mode {
+    /// The way that was asked for, if this KVM can do it; where none was, the one that it offers.
+    pub(crate) fn of(asked: Option<Self>, vm: &VmFd) -> Result<Self, Error> {
+        match asked {
+            Some(mode) => mode.check(vm).map(|()| mode),
+            None => Self::choose(vm),
+        }
+    }
+
     /// The way that this KVM offers: in the kernel where it can.
     ///
     /// # Errors

@@ -23,6 +23,8 @@ pub(crate) struct Registers {
     simp: PageRegister,
     /// The interrupt sources. Where KVM emulates them they are not known here, and look unmasked.
     sints: [SintRegister; SINT_COUNT as usize],
+    /// Kept, and not used.
+    vp_assist_page: u64,
 }
 
 impl Registers {
@@ -32,6 +34,7 @@ impl Registers {
         siefp: PageRegister(0),
         simp: PageRegister(0),
         sints: [SintRegister(msr::SINT_RESET); SINT_COUNT as usize],
+        vp_assist_page: 0,
     };
 
     /// The page in `register`, if messages or events can go there.
@@ -46,6 +49,16 @@ impl Registers {
     }
 }
 
+/// The registers of one VP, as their MSRs have them.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Values {
+    pub(crate) scontrol: u64,
+    pub(crate) siefp: u64,
+    pub(crate) simp: u64,
+    pub(crate) sints: [u64; SINT_COUNT as usize],
+    pub(crate) vp_assist_page: u64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Synic {
@@ -55,6 +68,23 @@ pub(crate) struct Synic {
 impl Synic {
     pub(crate) fn new() -> Self {
         Self { registers: Mutex::new(Registers::RESET) }
+    }
+
+    /// All registers, as their MSRs have them.
+    pub(crate) fn values(&self) -> Values {
+        let Registers { scontrol, siefp, simp, sints, vp_assist_page } = *self.lock();
+        let sints = sints.map(|sint| sint.0);
+        Values { scontrol, siefp: siefp.0, simp: simp.0, sints, vp_assist_page }
+    }
+
+    /// Goes on with registers that were saved: pages that are in use have what the guest and this host
+    /// have left in them. Where `mirrored`, KVM has the interrupt sources.
+    pub(crate) fn restore(&self, values: &Values, mirrored: bool) {
+        let Values { scontrol, siefp, simp, sints, vp_assist_page } = *values;
+        let sints = if mirrored { [0; SINT_COUNT as usize] } else { sints };
+        let (siefp, simp) = (PageRegister(siefp), PageRegister(simp));
+        let sints = sints.map(SintRegister);
+        *self.lock() = Registers { scontrol, siefp, simp, sints, vp_assist_page };
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -82,6 +112,7 @@ impl Synic {
             msr::SIEFP => registers.siefp.0,
             msr::SIMP => registers.simp.0,
             msr::EOM => 0,
+            msr::VP_ASSIST_PAGE => registers.vp_assist_page,
             msr::SINT0..=msr::SINT15 => {
                 registers.sints.get((index - msr::SINT0) as usize).map(|sint| sint.0)?
             }
@@ -105,6 +136,10 @@ impl Synic {
             msr::SIEFP => page(&mut registers.siefp),
             msr::SIMP => page(&mut registers.simp),
             msr::EOM => None,
+            msr::VP_ASSIST_PAGE => {
+                registers.vp_assist_page = value;
+                None
+            }
             msr::SINT0..=msr::SINT15 if SintRegister(value).is_valid() => {
                 if let Some(sint) = registers.sints.get_mut((index - msr::SINT0) as usize) {
                     *sint = SintRegister(value);
@@ -174,5 +209,31 @@ mod tests {
         assert!(!synic.write(msr::SVERSION, 1, &memory), "read-only");
         assert_eq!(synic.read(msr::SINT0 + 2), Some(0xf3));
         assert_eq!(synic.read(msr::GUEST_OS_ID), None);
+    }
+
+    #[test]
+    fn restored_registers_are_the_same_and_pages_keep_what_is_in_them() {
+        let memory = GuestMemory::memfd(0x8000).unwrap();
+        let synic = Synic::new();
+        for (index, value) in [
+            (msr::SIMP, 0x1001),
+            (msr::SIEFP, 0x2001),
+            (msr::SINT0 + 2, 0xf3),
+            (msr::VP_ASSIST_PAGE, 0x3001),
+        ] {
+            assert!(synic.write(index, value, &memory));
+        }
+        memory.write(0x1200, &[1]).unwrap();
+        for mirrored in [false, true] {
+            let other = Synic::new();
+            other.restore(&synic.values(), mirrored);
+            let vector = if mirrored { 0 } else { 0xf3 };
+            assert_eq!(other.message_page(2), Some((0x1000, vector)), "mirrored: {mirrored}");
+            assert_eq!(other.values() == synic.values(), !mirrored);
+            other.mirror(1, 0x2001, 0x1001, &memory);
+            let mut message = [0];
+            memory.read(0x1200, &mut message).unwrap();
+            assert_eq!(message, [1], "a message that waits is not lost");
+        }
     }
 }

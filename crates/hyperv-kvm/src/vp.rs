@@ -7,14 +7,11 @@ use kvm_ioctls::VcpuFd;
 use vmbus_host::HostBus;
 
 use crate::error::Error;
-use crate::hypercall::{self, CALL_PORT, HypercallStatus, PAGE_CODE, SIGNAL_PORT};
+use crate::hypercall::{self, CALL_PORT, HypercallStatus, SIGNAL_PORT};
 use crate::kvm::{self, HypervExit};
-use crate::msr::{self, PageRegister};
+use crate::msr;
 use crate::partition::Port;
-use crate::probe::Mode;
-
-/// Frequency of KVM's local APIC timer, in Hz.
-const APIC_HZ: u64 = 1_000_000_000;
+use crate::registers::{self, Constants, Written};
 
 /// What a guest says of its crash: five numbers, of which the last two may name a text in its memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -99,79 +96,40 @@ impl Vp {
     #[must_use]
     pub fn read_msr(&self, index: u32) -> Option<u64> {
         let port = &self.port;
-        if let Some(value) = port.synic(self.index)?.read(index) {
-            return Some(value);
-        }
-        let globals = port.globals();
-        Some(match index {
-            msr::GUEST_OS_ID => globals.guest_os_id,
-            msr::HYPERCALL => globals.hypercall,
-            msr::VP_INDEX => self.index.into(),
-            msr::TIME_REF_COUNT => port.reference_time(),
-            msr::REFERENCE_TSC => globals.reference_tsc,
-            msr::TSC_FREQUENCY => u64::from(port.tsc_khz) * 1000,
-            msr::APIC_FREQUENCY => APIC_HZ,
-            msr::TSC_INVARIANT_CONTROL => globals.tsc_invariant,
-            msr::RESET | msr::VP_ASSIST_PAGE => 0,
-            msr::CRASH_CTL => msr::crash::NOTIFY | msr::crash::MESSAGE,
-            msr::CRASH_P0..=msr::CRASH_P4 => {
-                globals.crash.get((index - msr::CRASH_P0) as usize).copied()?
-            }
-            _ => return None,
-        })
+        let constants = Constants {
+            vp_index: self.index,
+            tsc_khz: port.tsc_khz,
+            reference_time: port.reference_time(),
+        };
+        registers::read(&port.globals(), port.synic(self.index)?, constants, index)
     }
 
     /// The guest writes an MSR; `None`: it may not, and gets a fault.
     #[must_use]
     pub fn write_msr(&self, index: u32, value: u64) -> Option<Outcome> {
         let port = &self.port;
-        let mut globals = port.globals();
-        match index {
-            msr::GUEST_OS_ID => {
-                globals.guest_os_id = value;
-                if value == 0 {
-                    globals.hypercall &= !1; // the page goes with the identity
-                }
-            }
-            // Ignored while nobody has said who it is for.
-            msr::HYPERCALL if globals.guest_os_id == 0 => {}
-            msr::HYPERCALL if PageRegister(globals.hypercall).is_locked() => {}
-            msr::HYPERCALL => {
-                globals.hypercall = value;
-                if let Some(page) = PageRegister(value).page() {
-                    port.memory.write(page, &PAGE_CODE).ok()?;
-                }
-            }
-            msr::REFERENCE_TSC => globals.reference_tsc = value,
-            msr::TSC_INVARIANT_CONTROL => globals.tsc_invariant = value,
-            msr::VP_ASSIST_PAGE => {}
-            msr::RESET if value & 1 != 0 => return Some(Outcome::Reset),
-            msr::RESET => {}
-            msr::CRASH_P0..=msr::CRASH_P4 => {
-                *globals.crash.get_mut((index - msr::CRASH_P0) as usize)? = value;
-            }
-            msr::CRASH_CTL if value & msr::crash::NOTIFY != 0 => {
-                let has_message = value & msr::crash::MESSAGE != 0;
-                let report = CrashReport { parameters: globals.crash, has_message };
-                return Some(Outcome::Crash(report));
-            }
-            msr::CRASH_CTL => {}
-            _ => {
-                drop(globals);
-                if !port.synic(self.index)?.write(index, value, &port.memory) {
-                    return None;
-                }
-                // A slot has become empty, or the SynIC has come to life: what waits may go.
+        let synic = port.synic(self.index)?;
+        // A statement of its own, so that the lock is let go of before the bus is called.
+        let written = registers::write(&mut port.globals(), synic, &port.memory, index, value);
+        Some(match written {
+            Written::Done => Outcome::Continue,
+            Written::Synic => {
                 self.bus.messages_drained();
+                Outcome::Continue
             }
-        }
-        Some(Outcome::Continue)
+            Written::Reset => Outcome::Reset,
+            Written::Crash(report) => Outcome::Crash(report),
+            Written::Fault => return None,
+        })
     }
 
-    /// Whether the hypercall page writes this port.
+    /// Whether the hypercall page writes this port. A guest that was saved in [`Mode::User`] may be in the
+    /// middle of that page's code also where KVM has written its own.
+    ///
+    /// [`Mode::User`]: crate::Mode::User
     #[must_use]
     pub fn is_port(&self, port: u16) -> bool {
-        self.port.mode == Mode::User && matches!(port, CALL_PORT | SIGNAL_PORT)
+        matches!(port, CALL_PORT | SIGNAL_PORT)
     }
 
     /// The guest has written a port of the hypercall page.
