@@ -247,7 +247,7 @@ impl Protocol {
     /// How far `service` and the guest have come to terms.
     #[must_use]
     pub fn phase(&self, service: Service) -> Phase {
-        self.dialogue(service).phase
+        self.dialogue(service).phase()
     }
 
     /// What is known of the guest's life.
@@ -271,6 +271,20 @@ impl Protocol {
             Service::TimeSync => self.time_sync.open(),
         };
         Outcome { message: Some(message), ..before }
+    }
+
+    /// The channel of `service` is open again after a restore, and the guest knows nothing of that: the
+    /// service goes on. `can_send` as for [`Self::tick`].
+    pub fn resumed(&mut self, service: Service, can_send: bool) -> Outcome {
+        let dialogue = self.dialogue_mut(service);
+        if dialogue.phase == Phase::Closed {
+            return self.opened(service); // it was, and nobody had noticed
+        }
+        dialogue.is_open = true;
+        match service {
+            Service::Heartbeat | Service::Shutdown => Outcome::default(),
+            Service::TimeSync => Outcome::send(self.time_sync.resumed(can_send)),
+        }
     }
 
     /// The channel of `service` is closed.
@@ -305,11 +319,10 @@ impl Protocol {
     /// Does for `service` what is due. `can_send` says that no message waits for room in the guest's
     /// ring.
     pub fn tick(&mut self, service: Service, clocks: Clocks, can_send: bool) -> Outcome {
-        let Clocks { now, reference_time } = clocks;
         match service {
-            Service::Heartbeat => Outcome::send(self.heartbeat.tick(reference_time)),
-            Service::Shutdown => Outcome::ended(self.shutdown.tick(reference_time)),
-            Service::TimeSync => Outcome::send(self.time_sync.tick(now, reference_time, can_send)),
+            Service::Heartbeat => Outcome::send(self.heartbeat.tick(clocks.reference_time)),
+            Service::Shutdown => Outcome::ended(self.shutdown.tick(clocks.reference_time)),
+            Service::TimeSync => Outcome::send(self.time_sync.tick(clocks, can_send)),
         }
     }
 

@@ -35,6 +35,9 @@ pub(super) enum Heard<'a> {
 pub(super) struct Dialogue {
     pub(super) service: Service,
     pub(super) phase: Phase,
+    /// The channel is open here. After a restore it is not before the bus has brought its rings; never,
+    /// if the guest had closed it and nobody here had noticed.
+    pub(super) is_open: bool,
     /// Number of the last request, negotiations included.
     pub(super) transaction_id: u8,
     /// The last request has no answer yet, once versions are agreed on.
@@ -43,12 +46,18 @@ pub(super) struct Dialogue {
 
 impl Dialogue {
     pub(super) const fn new(service: Service) -> Self {
-        Self { service, phase: Phase::Closed, transaction_id: 0, is_unanswered: false }
+        let phase = Phase::Closed;
+        Self { service, phase, is_open: false, transaction_id: 0, is_unanswered: false }
+    }
+
+    /// How far it has come, here.
+    pub(super) const fn phase(&self) -> Phase {
+        if self.is_open { self.phase } else { Phase::Closed }
     }
 
     /// The versions that are spoken, once they are.
     pub(super) const fn versions(&self) -> Option<Versions> {
-        match self.phase {
+        match self.phase() {
             Phase::Agreed(versions) => Some(versions),
             _ => None,
         }
@@ -68,8 +77,7 @@ impl Dialogue {
         let mut body = head.as_bytes().to_vec();
         body.extend_from_slice(frameworks.as_bytes());
         body.extend_from_slice(messages.as_bytes());
-        self.phase = Phase::Offered;
-        self.is_unanswered = false;
+        (self.phase, self.is_open, self.is_unanswered) = (Phase::Offered, true, false);
         let none = Version::new(0, 0);
         let versions = Versions { framework: none, message: none };
         self.message(MessageType::NEGOTIATE, versions, &body)
@@ -77,8 +85,7 @@ impl Dialogue {
 
     /// The channel is closed.
     pub(super) fn close(&mut self) {
-        self.phase = Phase::Closed;
-        self.is_unanswered = false;
+        (self.phase, self.is_open, self.is_unanswered) = (Phase::Closed, false, false);
     }
 
     /// A request with this body, the answer to which is waited for from now on; `None` if versions are
@@ -123,7 +130,7 @@ impl Dialogue {
         if header.flags & IcHeader::FLAG_RESPONSE == 0 {
             return Err(Unexpected::NoAnswer { flags: header.flags });
         }
-        let expected = match self.phase {
+        let expected = match self.phase() {
             Phase::Offered => MessageType::NEGOTIATE,
             Phase::Agreed(_) if self.is_unanswered => self.service.message_type(),
             _ => return Err(Unexpected::Unasked { transaction_id: header.transaction_id }),

@@ -169,7 +169,7 @@ impl Shutdown {
         can_send: bool,
     ) -> Result<Message, ShutdownError> {
         let bytes = reason.len();
-        let phase = self.dialogue.phase;
+        let phase = self.dialogue.phase();
         let Phase::Agreed(Versions { message: version, .. }) = phase else {
             return Err(ShutdownError::NotReady { phase });
         };
@@ -215,7 +215,10 @@ impl Shutdown {
             self.since = Some(reference_time);
         } else if reference_time - since >= SHUTDOWN_ANSWER_LIMIT {
             self.dialogue.give_up();
-            return self.end(ShutdownAnswer::Silent);
+            return self.end(match self.dialogue.is_open {
+                true => ShutdownAnswer::Silent,
+                false => ShutdownAnswer::Closed,
+            });
         }
         None
     }

@@ -90,7 +90,7 @@ impl Protocol {
 
 impl Dialogue {
     fn record(&self) -> IntegrationServiceRecord {
-        let Self { service, phase, transaction_id, is_unanswered } = *self;
+        let Self { service, phase, is_open: _, transaction_id, is_unanswered } = *self;
         let (step, framework, message) = match phase {
             Phase::Closed => (NegotiationStep::Closed, 0, 0),
             Phase::Offered => (NegotiationStep::Offered, 0, 0),
@@ -147,7 +147,7 @@ impl Dialogue {
         };
         let transaction_id = within("transaction_id", transaction_id.into(), 0, u8::MAX.into())?;
         let transaction_id = u8::try_from(transaction_id).unwrap_or(u8::MAX); // just checked
-        Ok(Self { service, phase, transaction_id, is_unanswered: unanswered })
+        Ok(Self { service, phase, is_open: false, transaction_id, is_unanswered: unanswered })
     }
 }
 
@@ -227,8 +227,9 @@ fn restored_request(
         SavedShutdown::Hibernate => Some(ShutdownKind::Hibernate),
         SavedShutdown::Unspecified => None,
     };
-    let is_known = |kind: ShutdownKind| {
-        dialogue.versions().is_some_and(|versions| kind.is_known_in(versions.message))
+    let is_known = |kind: ShutdownKind| match dialogue.phase {
+        Phase::Agreed(versions) => kind.is_known_in(versions.message),
+        _ => false,
     };
     let most = [ShutdownKind::Hibernate, ShutdownKind::Reboot, ShutdownKind::PowerOff];
     let most = most.into_iter().find(|&kind| is_known(kind)).map_or(0, |it| saved_kind(it) as u64);

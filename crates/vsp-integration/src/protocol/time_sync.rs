@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
 
 use super::dialogue::{Dialogue, Message};
-use super::{TIME_SAMPLE_PERIOD, is_due};
+use super::{Clocks, Phase, TIME_SAMPLE_PERIOD, is_due};
 use crate::wire::{OldTimeBody, Service, TimeBody, Version};
 
 /// A time of day: units of 100 ns since 1601-01-01 UTC, as Windows counts.
@@ -39,6 +39,8 @@ pub(super) struct TimeSync {
     is_sync_due: bool,
     /// Reference time of the last message.
     last: Option<u64>,
+    /// The clocks of a tick that came before the rings of a restored channel.
+    early: Option<Clocks>,
 }
 
 impl TimeSync {
@@ -47,7 +49,7 @@ impl TimeSync {
     }
 
     pub(super) fn at(dialogue: Dialogue) -> Self {
-        Self { dialogue, is_sync_due: true, last: None }
+        Self { dialogue, is_sync_due: true, last: None, early: None }
     }
 
     pub(super) fn open(&mut self) -> Message {
@@ -57,7 +59,13 @@ impl TimeSync {
 
     /// The guest's clock may be wrong: it was not running.
     pub(super) fn resync(&mut self) {
-        self.is_sync_due = true;
+        (self.is_sync_due, self.early) = (true, None);
+    }
+
+    /// The restored channel has its rings. What a tick said meanwhile still holds: both clocks together
+    /// tell the guest the time, whenever it reads them.
+    pub(super) fn resumed(&mut self, can_send: bool) -> Option<Message> {
+        self.early.take().and_then(|clocks| self.tick(clocks, can_send))
     }
 
     /// `can_send`: no message waits for room in the guest's ring.
@@ -65,12 +73,11 @@ impl TimeSync {
     /// A message that has the guest set its clock does not wait for the answer to another: that may
     /// have been asked for before the guest stood still. As long as one waits for room there is no
     /// other, so that a guest which reads nothing is not sent more each time it is restored.
-    pub(super) fn tick(
-        &mut self,
-        now: FileTime,
-        reference_time: u64,
-        can_send: bool,
-    ) -> Option<Message> {
+    pub(super) fn tick(&mut self, clocks: Clocks, can_send: bool) -> Option<Message> {
+        let Clocks { now, reference_time } = clocks;
+        if !self.dialogue.is_open && matches!(self.dialogue.phase, Phase::Agreed(_)) {
+            self.early = Some(clocks);
+        }
         let versions = self.dialogue.versions()?;
         let is_due = self.is_sync_due
             || !self.dialogue.is_unanswered

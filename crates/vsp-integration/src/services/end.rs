@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kmcl::{Channel, IncomingPacket, NtStatus, ProcessPacket, SaveRestorePacket, StateChange};
 
 use super::{Core, lock};
-use crate::protocol::{Outcome, Phase};
+use crate::protocol::Outcome;
 use crate::wire::Service;
 
 /// See the module.
@@ -42,13 +42,14 @@ impl ProcessPacket for End {
 
 impl StateChange for End {
     fn opened(&self, channel: &Channel) -> Result<(), NtStatus> {
+        let can_send = self.core.can_send(self.service);
         let outcome = {
             let mut state = lock(&self.core.state);
             // A guest that had it open before a restore goes on where the saved state says.
-            if channel.is_resumed() && state.protocol.phase(self.service) != Phase::Closed {
-                return Ok(());
+            match channel.is_resumed() {
+                true => state.protocol.resumed(self.service, can_send),
+                false => state.protocol.opened(self.service),
             }
-            state.protocol.opened(self.service)
         };
         self.perform(outcome);
         Ok(())

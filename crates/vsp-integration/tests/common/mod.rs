@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::{Arc, Mutex};
+use std::task::Waker;
 
 use kmcl::bus::Bus;
 use kmcl::loopback::LoopbackBus;
@@ -45,11 +46,14 @@ impl Inline {
 
 impl Driver for Inline {
     fn add_channel(&self, channel: &Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
+        // Driven: nothing of it happens on other threads, or in other calls.
+        channel.set_waker(Waker::noop().clone());
         self.0.lock().unwrap().push(channel.clone());
         Ok(())
     }
 
     fn remove_channel(&self, channel: &Channel) {
+        channel.clear_waker();
         let instance = channel.get_interface_instance();
         self.0.lock().unwrap().retain(|other| other.get_interface_instance() != instance);
     }
@@ -310,6 +314,11 @@ impl World {
     /// The services of another host, which go on where `streams` say. The guest stood still meanwhile,
     /// an hour by the time of day.
     pub(crate) fn restore(&mut self, streams: &[Vec<u8>]) {
+        self.restore_without_rings(streams);
+        self.host_turn(); // the bus brings the rings
+    }
+
+    pub(crate) fn restore_without_rings(&mut self, streams: &[Vec<u8>]) {
         drop(self.services.take());
         self.driver = Arc::new(Inline::default());
         let mut restoring = self.restoring(&streams[0]).unwrap();
@@ -318,7 +327,6 @@ impl World {
         for (index, stream) in (0..).zip(&streams[1..]) {
             restoring.restore_channel(index, stream.as_slice()).unwrap();
         }
-        self.host_turn(); // the bus brings the rings
         self.services = Some(restoring.start().unwrap());
         self.clocks.now.0 += 3600 * SECOND;
     }
