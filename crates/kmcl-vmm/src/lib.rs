@@ -10,6 +10,7 @@
 //! | `machine` | the parts put together, and the threads that run them |
 //! | [`config`] | what a VM is made of, as JSON too |
 //! | [`control`] | the interface by which a VM is controlled while it runs |
+//! | [`sandbox`] | what the program may still do should its guest take it over |
 //! | `boot` | kernel, RAM disk, command line, ACPI, the first state of a processor |
 //! | [`memory`] | guest memory, saved and restored too |
 //! | `serial` | the console |
@@ -24,6 +25,7 @@ mod event;
 mod layout;
 mod machine;
 pub mod memory;
+pub mod sandbox;
 mod serial;
 mod vm;
 mod workers;
