@@ -123,28 +123,18 @@ impl Dialogue {
             message: Version::from_u32(message_version),
         };
         let phase = match record.step() {
-            NegotiationStep::Agreed => {
-                if !versions.is_offered_by(service) {
-                    return Err(StateError::Version { service, versions });
-                }
-                Phase::Agreed(versions)
-            }
-            step => {
-                within("framework_version", framework_version.into(), 0, 0)?;
-                within("message_version", message_version.into(), 0, 0)?;
-                within("unanswered", unanswered.into(), 0, 0)?;
-                match step {
-                    NegotiationStep::Closed => Phase::Closed,
-                    NegotiationStep::Offered => Phase::Offered,
-                    NegotiationStep::Refused => Phase::Refused,
-                    NegotiationStep::Unspecified | NegotiationStep::Agreed => {
-                        let (least, most) = (NegotiationStep::Closed, NegotiationStep::Refused);
-                        let [found, least, most] = [step, least, most].map(|it| it as u64);
-                        return Err(StateError::Value { field: "step", found, least, most });
-                    }
-                }
-            }
+            NegotiationStep::Agreed if versions.is_offered_by(service) => Phase::Agreed(versions),
+            NegotiationStep::Agreed => return Err(StateError::Version { service, versions }),
+            NegotiationStep::Offered => Phase::Offered,
+            NegotiationStep::Refused => Phase::Refused,
+            // Nobody decodes the latter.
+            NegotiationStep::Closed | NegotiationStep::Unspecified => Phase::Closed,
         };
+        if !matches!(phase, Phase::Agreed(_)) {
+            within("framework_version", framework_version.into(), 0, 0)?;
+            within("message_version", message_version.into(), 0, 0)?;
+            within("unanswered", unanswered.into(), 0, 0)?;
+        }
         let transaction_id = within("transaction_id", transaction_id.into(), 0, u8::MAX.into())?;
         let transaction_id = u8::try_from(transaction_id).unwrap_or(u8::MAX); // just checked
         Ok(Self { service, phase, is_open: false, transaction_id, is_unanswered: unanswered })

@@ -192,7 +192,7 @@ impl Guest {
     }
 
     /// Reads what there is, and answers it.
-    fn turn(&mut self) -> bool {
+    pub(crate) fn turn(&mut self) -> bool {
         while self.channel.process(64).more {}
         let mut is_busy = false;
         loop {
@@ -233,16 +233,23 @@ pub(crate) struct World {
 pub(crate) const NOW: FileTime = FileTime(134_278_000_000_000_000);
 
 impl World {
-    /// Services, offered, and no guest.
-    pub(crate) fn empty() -> Self {
+    /// Nothing but a bus.
+    pub(crate) fn empty_bus() -> Self {
         let bus = LoopbackBus::new(4 << 20).unwrap();
         let (driver, events) = (Arc::new(Inline::default()), Arc::new(Events::default()));
-        let config = IntegrationConfig::default();
-        let services =
-            IntegrationServices::new(bus.clone(), driver.clone(), events.clone(), config).unwrap();
-        services.offer().unwrap();
         let clocks = Clocks { now: NOW, reference_time: 100 * SECOND };
-        Self { guests: Vec::new(), services: Some(services), driver, events, bus, clocks }
+        Self { guests: Vec::new(), services: None, driver, events, bus, clocks }
+    }
+
+    /// Services, offered, and no guest.
+    pub(crate) fn empty() -> Self {
+        let mut world = Self::empty_bus();
+        let config = IntegrationConfig::default();
+        let (bus, driver) = (world.bus.clone(), world.driver.clone());
+        let services = IntegrationServices::new(bus, driver, world.events.clone(), config).unwrap();
+        services.offer().unwrap();
+        world.services = Some(services);
+        world
     }
 
     /// A guest that has opened all three and answers as Linux does.
