@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
@@ -77,6 +78,8 @@ pub(crate) struct Port {
     /// When the reference time was what.
     started: (Instant, u64),
     pub(crate) tsc_khz: u32,
+    /// Interrupts raised.
+    interrupts: AtomicU64,
 }
 
 /// Synthetic interrupt 2 of one VP.
@@ -131,6 +134,20 @@ impl Partition {
         self.port.mode
     }
 
+    /// The guest's reference time, in units of 100 ns: what it reads from HV_X64_MSR_TIME_REF_COUNT.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn reference_time(&self) -> Result<u64, Error> {
+        Ok(match self.port.mode {
+            Mode::Kernel => {
+                let clock = self.port.vm.get_clock().map_err(Error::kvm("KVM_GET_CLOCK"))?;
+                clock.clock / 100
+            }
+            Mode::User => self.port.reference_time(),
+        })
+    }
+
     /// The first GSI that neither an interrupt controller nor the SynIC of `vps` processors uses.
     #[must_use]
     pub fn first_free_gsi(vps: u32) -> u32 {
@@ -167,6 +184,12 @@ impl Partition {
     /// The virtual processor of an index that is below the count, whose SynIC is there.
     pub(crate) fn vp(&self, index: u32) -> Vp {
         Vp::new(index, Arc::clone(&self.port), self.bus.clone())
+    }
+
+    /// Interrupts that were raised in the guest, for messages and for events.
+    #[must_use]
+    pub fn interrupts(&self) -> u64 {
+        self.port.interrupts.load(Ordering::Relaxed)
     }
 
     pub(crate) fn port(&self) -> &Arc<Port> {
@@ -281,6 +304,7 @@ impl Port {
             listening: Mutex::default(),
             started: (Instant::now(), reference_time),
             tsc_khz,
+            interrupts: AtomicU64::new(0),
         }))
     }
 
@@ -329,6 +353,7 @@ impl Port {
 
     /// Raises the synthetic interrupt of a VP: a message is there.
     fn interrupt(&self, vp: u32, vector: u8, message: bool) {
+        self.interrupts.fetch_add(1, Ordering::Relaxed);
         let raised = match self.mode {
             Mode::Kernel => match self.lines.get(vp as usize) {
                 Some(line) if message => line.message.write(1),
