@@ -50,10 +50,11 @@ pub(crate) struct ChannelWords {
 }
 
 impl Content for ChannelSlot {
+    const KIND: Kind = Kind::Channel;
     type Shared = ChannelWords;
 }
 
-static CHANNELS: Table<ChannelSlot> = Table::new(Kind::Channel);
+static CHANNELS: Table<ChannelSlot> = Table::new();
 
 /// The rule that a handle of a channel breaks.
 pub(crate) const NO_CHANNEL: &str = "names no channel: it is null, of another kind, or cleaned up";
@@ -136,7 +137,8 @@ pub unsafe extern "C" fn VmbChannelAllocate(
 fn allocate(device: Arc<Device>, side: Side) -> Result<Handle, NtStatus> {
     let taken = CHANNELS.take().ok_or(NtStatus::INSUFFICIENT_RESOURCES)?;
     taken.slot().shared.pointer.store(0, Ordering::Relaxed);
-    let (handle, found) = taken.open(false);
+    let found = taken.open();
+    let handle = found.handle();
     let made = make(handle, device, side);
     let mut claim = found.claim().ok_or(NtStatus::INSUFFICIENT_RESOURCES)?;
     match made {
@@ -146,7 +148,7 @@ fn allocate(device: Arc<Device>, side: Side) -> Result<Handle, NtStatus> {
         }
         Err(status) => {
             if let Some(taken) = claim.end() {
-                CHANNELS.give_back(taken.index());
+                CHANNELS.give_back(&taken);
             }
             Err(status)
         }
@@ -206,7 +208,7 @@ pub extern "C" fn VmbChannelCleanup(channel: VmbChannel) {
         let Some(mut claim) = CHANNELS.find(it.handle).and_then(Found::claim) else { return };
         let Some(owned) = claim.0.take() else { return };
         if let Some(taken) = claim.end() {
-            CHANNELS.give_back(taken.index());
+            CHANNELS.give_back(&taken);
         }
         if let Some(worker) = &owned.device.worker {
             worker.remove(&owned.channel);

@@ -1,23 +1,25 @@
 //! Incoming packets: completion contexts, from the process-packet callback to their completion.
 //!
-//! The way of a packet is the hot one, so it costs one compare-and-swap more than in Rust: the one that
-//! makes sure that a handle ends once. A slot that is over before its callback has returned, which is the
-//! usual case, goes straight to the next packet; one that ends later, on whatever thread, goes on a list
-//! that its channel takes from when it has no other.
+//! The way of a packet is the hot one. While its callback runs, its slot is lent to that thread, so that
+//! what the callback does with the packet takes no lock and no compare-and-swap (`handle`). A slot that
+//! is over before its callback has returned, which is the usual case, goes straight to the next packet; one
+//! that ends later, on whatever thread, goes on a list that its channel takes from when it has no other.
 #![allow(unsafe_code, reason = "exports functions, calls C's, and writes where C says")]
 
 use core::ffi::c_void;
+use core::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32};
 
 use kmcl::{
     Channel, Error, ExternalDataFlags, Fence, IncomingPacket, Level, NtStatus, ResumedPacket,
 };
 
+use crate::asymmetric;
 use crate::boundary::{self, guarded};
 use crate::context::{self, DISPATCH, PASSIVE, in_packet_callback, in_state_callback};
-use crate::handle::{Claim, Content, Found, Handle, Kind, Table, Taken};
+use crate::handle::{Claim, Content, Found, Handle, Kind, Slot, Table, Taken};
 use crate::mdl::{MdlChain, View};
 use crate::types::{
     self, FreezeCallbacks, Mdl, ProcessPacket, ProcessingComplete, Status, VmbPacketCompletion,
@@ -37,43 +39,52 @@ pub(crate) struct Incoming {
 }
 
 impl Content for Incoming {
+    const KIND: Kind = Kind::Incoming;
     type Shared = ();
 }
 
-static PACKETS: Table<Incoming> = Table::new(Kind::Incoming);
+static PACKETS: Table<Incoming> = Table::new();
 
 const NO_PACKET: &str = "names no packet: it is null, of another kind, or over";
 
 /// What the incoming packets of a channel have in common.
 pub(crate) struct Home {
     channel: Handle,
-    /// First of the free slots that only the delivering thread takes and puts: its index and 1, or 0.
-    own: AtomicU32,
+    /// First of the free slots that only the delivering thread takes and puts.
+    own: AtomicPtr<Slot<Incoming>>,
     /// First of those that other threads have put.
-    returned: AtomicU32,
+    returned: AtomicPtr<Slot<Incoming>>,
     is_closed: AtomicBool,
+    /// Slots are lent to the delivering thread: the system has what that takes.
+    lends: bool,
     /// Deliveries are at PASSIVE_LEVEL only.
     passive: AtomicBool,
     /// The next delivery is of a packet that was deferred.
     next_is_deferred: AtomicBool,
     packet_size: AtomicU32,
     completion_size: AtomicU32,
+    /// What follows from both: the largest completion.
+    completion_limit: AtomicU32,
 }
 
 /// No completion size was set: it is the packet size.
 const SAME: u32 = u32::MAX;
+/// Of packets, where nothing was set (D-60).
+const DEFAULT_SIZE: u32 = 4096;
 
 impl Home {
     pub(crate) fn new(channel: Handle) -> Self {
         Self {
             channel,
-            own: AtomicU32::new(0),
-            returned: AtomicU32::new(0),
+            own: AtomicPtr::new(core::ptr::null_mut()),
+            returned: AtomicPtr::new(core::ptr::null_mut()),
             is_closed: AtomicBool::new(false),
+            lends: asymmetric::prepare(),
             passive: AtomicBool::new(false),
             next_is_deferred: AtomicBool::new(false),
-            packet_size: AtomicU32::new(4096), // D-60
+            packet_size: AtomicU32::new(DEFAULT_SIZE),
             completion_size: AtomicU32::new(SAME),
+            completion_limit: AtomicU32::new(DEFAULT_SIZE),
         }
     }
 
@@ -83,37 +94,51 @@ impl Home {
 
     pub(crate) fn set_packet_size(&self, bytes: u32) {
         self.packet_size.store(bytes, Relaxed);
+        self.set_completion_limit();
     }
 
     pub(crate) fn set_completion_size(&self, bytes: u32) {
         self.completion_size.store(bytes, Relaxed);
+        self.set_completion_limit();
+    }
+
+    fn set_completion_limit(&self) {
+        let limit = match self.completion_size.load(Relaxed) {
+            SAME => self.packet_size.load(Relaxed),
+            size => size,
+        };
+        self.completion_limit.store(limit, Relaxed);
     }
 
     #[inline]
     fn completion_limit(&self) -> u32 {
-        match self.completion_size.load(Relaxed) {
-            SAME => self.packet_size.load(Relaxed),
-            size => size,
-        }
+        self.completion_limit.load(Relaxed)
     }
 
     /// A slot for the next packet. Only called while one is delivered.
     #[inline]
     fn take(self: &Arc<Self>) -> Option<Taken<Incoming>> {
-        let mut first = self.own.load(Relaxed);
-        if first == 0 {
-            first = self.returned.swap(0, Acquire);
-        }
-        let Some(index) = first.checked_sub(1) else {
-            let mut taken = PACKETS.take()?;
-            taken.content().home = Some(Arc::clone(self));
-            return Some(taken);
-        };
         // SAFETY: free slots of this channel are in one of its two lists. `own` is only touched while a
-        // packet is delivered, and a channel's packet callbacks never overlap (`kmcl::ProcessPacket`);
-        // `returned` was taken as a whole. So nobody else takes this one.
-        let taken = unsafe { PACKETS.taken(index) }?;
+        // packet is delivered, and a channel's packet callbacks never overlap (`kmcl::ProcessPacket`), so
+        // nobody else takes this one.
+        let Some(taken) = (unsafe { Taken::from_link(self.own.load(Relaxed)) }) else {
+            return self.take_another();
+        };
         self.own.store(taken.slot().next.load(Relaxed), Relaxed);
+        Some(taken)
+    }
+
+    /// As [`Self::take`], when none is left of the thread's own.
+    #[cold]
+    fn take_another(self: &Arc<Self>) -> Option<Taken<Incoming>> {
+        let first = self.returned.swap(core::ptr::null_mut(), Acquire);
+        // SAFETY: as for `take`; this list was taken as a whole.
+        if let Some(taken) = unsafe { Taken::from_link(first) } {
+            self.own.store(taken.slot().next.load(Relaxed), Relaxed);
+            return Some(taken);
+        }
+        let mut taken = PACKETS.take()?;
+        taken.content().home = Some(Arc::clone(self));
         Some(taken)
     }
 
@@ -121,7 +146,7 @@ impl Home {
     #[inline]
     fn keep(&self, taken: &Taken<Incoming>) {
         taken.slot().next.store(self.own.load(Relaxed), Relaxed);
-        self.own.store(taken.index() + 1, Relaxed);
+        self.own.store(taken.slot().as_link(), Relaxed);
     }
 
     /// Takes a slot back, from any thread.
@@ -129,34 +154,32 @@ impl Home {
         let mut first = self.returned.load(Relaxed);
         loop {
             taken.slot().next.store(first, Relaxed);
-            let put =
-                self.returned.compare_exchange_weak(first, taken.index() + 1, Release, Relaxed);
-            match put {
+            let link = taken.slot().as_link();
+            match self.returned.compare_exchange_weak(first, link, Release, Relaxed) {
                 Ok(_) => break,
                 Err(other) => first = other,
             }
         }
         // Pairs with `close`: one of the two sees the other.
         if self.is_closed.load(SeqCst) {
-            self.give_back(self.returned.swap(0, SeqCst));
+            self.give_back(self.returned.swap(core::ptr::null_mut(), SeqCst));
         }
     }
 
     /// The channel is gone: its slots are for others.
     pub(crate) fn close(&self) {
         self.is_closed.store(true, SeqCst);
-        self.give_back(self.returned.swap(0, SeqCst));
+        self.give_back(self.returned.swap(core::ptr::null_mut(), SeqCst));
         // Nothing is delivered any more.
-        self.give_back(self.own.swap(0, SeqCst));
+        self.give_back(self.own.swap(core::ptr::null_mut(), SeqCst));
     }
 
-    fn give_back(&self, mut first: u32) {
-        while let Some(index) = first.checked_sub(1) {
-            // SAFETY: as for `take`: the whole list was taken.
-            let Some(mut taken) = (unsafe { PACKETS.taken(index) }) else { return };
+    fn give_back(&self, mut first: *mut Slot<Incoming>) {
+        // SAFETY: as for `take`: the whole list was taken.
+        while let Some(mut taken) = unsafe { Taken::from_link(first) } {
             first = taken.slot().next.load(Relaxed);
             *taken.content() = Incoming::default();
-            PACKETS.give_back(index);
+            PACKETS.give_back(&taken);
         }
     }
 
@@ -204,10 +227,14 @@ impl Deliveries {
         // Payloads fit a ring.
         let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         let flags = u32::from(packet.has_external_data());
-        taken.content().packet = Some(packet);
-        let (handle, found) = taken.open(true);
-        let arguments = Arguments { packet: handle.to_pointer(), buffer, len, flags };
-        in_packet_callback(home.channel, irql, || call(arguments));
+        let former = taken.content().packet.replace(packet);
+        debug_assert!(former.is_none());
+        // Nothing is dropped, and nothing is looked at to find that out.
+        std::mem::forget(former);
+        let found = if home.lends { taken.lend() } else { taken.open_in_callback() };
+        context::with_packet(home.channel, irql, found, |handle| {
+            call(Arguments { packet: handle.to_pointer(), buffer, len, flags });
+        });
         match found.callback_returned(|claim| self.left_pending(claim)) {
             Ok(()) => {}
             Err(taken) => home.keep(&taken),
@@ -288,48 +315,97 @@ impl kmcl::ProcessPacket for Deliveries {
     }
 }
 
+/// The content of a packet whose callback this thread runs.
+#[inline(always)]
+fn claim_lent(handle: Handle) -> Option<Claim<Incoming>> {
+    let found = context::lent(handle)?;
+    // SAFETY: this thread runs the packet's callback. Claims of it live within one call of this module,
+    // none of which calls C.
+    unsafe { found.claim_lent() }
+}
+
 /// The content of a completion context; one that names none is against the rules of `function`.
 #[inline]
 fn claim(function: &'static str, packet: VmbPacketCompletion) -> Option<Claim<Incoming>> {
-    let claim = PACKETS.find(Handle::from_pointer(packet)).and_then(Found::claim);
+    let handle = Handle::from_pointer(packet);
+    claim_lent(handle).or_else(|| claim_anywhere(function, handle))
+}
+
+/// As [`claim`], and ends it: its packet, and the most bytes of its completion.
+#[inline(always)]
+fn take(function: &'static str, packet: VmbPacketCompletion) -> Option<(IncomingPacket, u32)> {
+    let handle = Handle::from_pointer(packet);
+    let Some(mut claim) = claim_lent(handle) else {
+        return claim_anywhere(function, handle).and_then(end);
+    };
+    if claim.mdls.is_used() {
+        claim.let_go_of_memory();
+    }
+    claim.comes_again = false;
+    let limit = claim.home.as_ref().map_or(0, |home| home.completion_limit());
+    let packet = claim.packet.take()?;
+    claim.end();
+    Some((packet, limit))
+}
+
+/// As [`claim`], for a packet whose callback does not run on this thread.
+#[inline(never)]
+fn claim_anywhere(function: &'static str, handle: Handle) -> Option<Claim<Incoming>> {
+    let claim = PACKETS.find(handle).and_then(Found::claim);
     if claim.is_none() {
         violation(function, "PacketCompletionContext", NO_PACKET);
     }
     claim
 }
 
-/// Ends a completion context, and gives its packet.
-#[inline]
+/// Ends a completion context, and gives its packet, and the most bytes of its completion.
+#[inline(never)]
 fn end(mut claim: Claim<Incoming>) -> Option<(IncomingPacket, u32)> {
-    let packet = claim.packet.take()?;
     if claim.mdls.is_used() {
-        claim.let_go_of_memory(&packet);
+        claim.let_go_of_memory();
     }
     claim.comes_again = false;
+    let limit = claim.home.as_ref().map_or(0, |home| home.completion_limit());
+    let packet = claim.packet.take()?;
     if claim.is_in_callback() {
-        let limit = claim.home.as_ref().map_or(0, |home| home.completion_limit());
         claim.end();
-        return Some((packet, limit));
+    } else {
+        end_later(claim);
     }
-    let home = claim.home.clone()?;
-    if let Some(taken) = claim.end() {
+    Some((packet, limit))
+}
+
+/// Ends the handle of a packet whose callback has returned.
+#[inline(never)]
+fn end_later(claim: Claim<Incoming>) {
+    let home = claim.home.clone();
+    if let (Some(taken), Some(home)) = (claim.end(), home) {
         home.put(&taken);
     }
-    Some((packet, home.completion_limit()))
 }
 
 impl Incoming {
-    /// The MDLs become invalid. What C has written through addresses is told to whoever tracks writes.
-    fn let_go_of_memory(&mut self, packet: &IncomingPacket) {
+    /// The MDLs become invalid.
+    #[inline]
+    fn let_go_of_memory(&mut self) {
+        if self.mdls.was_mapped() {
+            self.unmap();
+        }
+        self.mdls.clear();
+    }
+
+    /// Addresses become invalid. What C has written through them is told to whoever tracks writes.
+    #[inline(never)]
+    fn unmap(&mut self) {
         self.views.clear();
-        if self.mdls.was_mapped_for_writing()
+        if !self.mdls.is_read_only()
+            && let Some(packet) = &self.packet
             && let Ok(data) = packet.external_data(ExternalDataFlags::empty())
         {
             for (gpa, len) in data.segments() {
                 data.memory().mark_dirty(gpa, u64::from(len));
             }
         }
-        self.mdls.clear();
     }
 }
 
@@ -344,21 +420,34 @@ pub unsafe extern "C" fn VmbChannelPacketComplete(
     size: u32,
 ) {
     const NAME: &str = "VmbChannelPacketComplete";
-    // Not guarded as the others are: a function with C's calling convention ends the process rather than
-    // let a panic out, and on the way of every packet that has to do.
-    let Some((packet, limit)) = claim(NAME, packet).and_then(end) else { return };
-    let size = if size > limit {
-        violation(NAME, "BufSize", "is more than the largest completion (D-47)");
-        limit
-    } else {
-        size
-    };
-    // SAFETY: the caller's promise, for at most `size` bytes.
-    let payload = unsafe { types::bytes(buffer, size) };
-    if payload.is_none() {
-        violation(NAME, "PacketCompletionBuffer", "must not be null");
-    }
-    packet.complete(payload.unwrap_or_default());
+    guarded(NAME, (), || {
+        let Some((packet, limit)) = take(NAME, packet) else { return };
+        let size = if size > limit {
+            violation(NAME, "BufSize", "is more than the largest completion (D-47)");
+            limit
+        } else {
+            size
+        };
+        if let Some(part) = part_of(packet.payload(), buffer, size) {
+            packet.complete_with_own(part);
+            return;
+        }
+        // SAFETY: the caller's promise, for at most `size` bytes.
+        let payload = unsafe { types::bytes(buffer, size) };
+        if payload.is_none() {
+            violation(NAME, "PacketCompletionBuffer", "must not be null");
+        }
+        packet.complete(payload.unwrap_or_default());
+    });
+}
+
+/// Where in the packet's own payload the `size` bytes at `buffer` are, if they are there: drivers answer in
+/// the buffer that they were given.
+#[inline]
+fn part_of(payload: &[u8], buffer: *const c_void, size: u32) -> Option<Range<usize>> {
+    let start = buffer.addr().checked_sub(payload.as_ptr().addr())?;
+    let end = start.checked_add(size as usize)?;
+    (size != 0 && end <= payload.len()).then_some(start..end)
 }
 
 /// VmbChannelPacketFail (D-36).
@@ -408,8 +497,7 @@ pub unsafe extern "C" fn VmbChannelPacketGetExternalData(
             return NtStatus::INVALID_PARAMETER_3;
         }
         let in_callback = claim.is_in_callback();
-        let handle = claim.handle();
-        match claim.external_mdls(handle, flags, in_callback) {
+        match claim.external_mdls(Handle::from_pointer(packet), flags, in_callback) {
             Ok(first) => {
                 // SAFETY: not null; the caller's promise.
                 unsafe { mdl.write(first) };
@@ -425,25 +513,32 @@ pub unsafe extern "C" fn VmbChannelPacketGetExternalData(
 }
 
 impl Incoming {
+    #[inline]
     fn external_mdls(
         &mut self,
         handle: Handle,
         flags: u32,
         in_callback: bool,
     ) -> Result<*mut Mdl, Error> {
-        let late = Error::Argument { position: 1, name: "PacketCompletionContext", value: 0 };
         let flags = ExternalDataFlags::from_bits_retain(flags);
-        if !ExternalDataFlags::all().contains(flags) {
-            let value = u64::from(flags.bits());
-            return Err(Error::Argument { position: 2, name: "Flags", value });
-        }
         if self.mdls.is_used() {
-            return Ok(self.mdls.first()); // D-43: a second call gives the same
+            return self.mdls_again(flags);
         }
+        let late = Error::Argument { position: 1, name: "PacketCompletionContext", value: 0 };
         let packet = self.packet.as_ref().filter(|_| in_callback).ok_or(late)?;
         let data = packet.external_data(flags)?;
         self.mdls.describe(data.ranges(), handle, data.is_read_only());
         self.comes_again = false;
+        Ok(self.mdls.first())
+    }
+
+    /// A second call gives the same (D-43).
+    #[cold]
+    fn mdls_again(&mut self, flags: ExternalDataFlags) -> Result<*mut Mdl, Error> {
+        if !ExternalDataFlags::all().contains(flags) {
+            let value = u64::from(flags.bits());
+            return Err(Error::Argument { position: 2, name: "Flags", value });
+        }
         Ok(self.mdls.first())
     }
 }

@@ -23,6 +23,7 @@
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
 compile_error!("the C interface needs a 64-bit little-endian target");
 
+mod asymmetric;
 mod boundary;
 mod callbacks;
 pub mod channel;

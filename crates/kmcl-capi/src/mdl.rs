@@ -34,17 +34,21 @@ const _: () = assert!(size_of::<Mdl>() == 48 && align_of::<Mdl>() == 8);
 /// A chain of MDLs, one for each range, in one piece of memory that is used again.
 #[derive(Default)]
 pub(crate) struct MdlChain {
+    /// As long as the longest chain so far; the first `used` are this one.
     words: Vec<u64>,
-    is_used: bool,
+    /// 0 while there is no chain.
+    used: usize,
     is_read_only: bool,
     was_mapped: bool,
 }
 
 impl MdlChain {
+    #[inline]
     pub(crate) fn is_used(&self) -> bool {
-        self.is_used
+        self.used != 0
     }
 
+    #[inline]
     pub(crate) fn first(&mut self) -> *mut Mdl {
         self.words.as_mut_ptr().cast()
     }
@@ -52,49 +56,73 @@ impl MdlChain {
     /// Whether the chain begins or goes on at this address.
     pub(crate) fn holds(&self, mdl: u64) -> bool {
         let first = self.words.as_ptr().addr() as u64;
-        (first..first + self.words.len() as u64 * 8).contains(&mdl)
+        (first..first + self.used as u64 * 8).contains(&mdl)
     }
 
-    pub(crate) fn was_mapped_for_writing(&self) -> bool {
-        self.was_mapped && !self.is_read_only
+    /// Whether C was given an address of any of it.
+    #[inline]
+    pub(crate) fn was_mapped(&self) -> bool {
+        self.was_mapped
     }
 
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    #[inline]
     pub(crate) fn clear(&mut self) {
-        self.is_used = false;
+        self.used = 0;
         self.was_mapped = false;
     }
 
-    /// Describes `ranges`, which belong to `owner`.
+    /// Describes `ranges`, which belong to `owner`. Allocates where no chain was as long before.
+    #[inline]
     pub(crate) fn describe<'a>(
         &mut self,
         ranges: impl Iterator<Item = GpaRange<'a>>,
         owner: Handle,
         is_read_only: bool,
     ) {
-        self.words.clear();
+        let mut at = 0;
         let mut heads = 0_usize;
         for range in ranges {
-            heads += 1;
-            let bytes = size_of::<Mdl>() + range.pfns.len() * 8;
+            let pages = range.pfns.len();
+            let end = at + MDL_WORDS + pages;
+            if end > self.words.len() {
+                self.grow(end);
+            }
+            let room = self.words.get_mut(at..end).unwrap_or_default();
+            let Some((head, pfns)) = room.split_first_chunk_mut::<MDL_WORDS>() else { continue };
             // As on Windows: 16 bits, whatever the list takes.
             #[expect(clippy::cast_possible_truncation, reason = "documented to be cut off")]
-            let size = u64::from(bytes as u16);
-            self.words.extend([
+            let size = (size_of::<Mdl>() + pages * 8) as u16;
+            *head = [
                 0,
-                size | u64::from(LOCKED.cast_unsigned()) << 16,
+                u64::from(size) | u64::from(LOCKED.cast_unsigned()) << 16,
                 owner.0,
                 0,
                 0,
                 u64::from(range.byte_count) | u64::from(range.byte_offset) << 32,
-            ]);
-            self.words.extend_from_slice(range.pfns);
+            ];
+            match (&mut *pfns, range.pfns) {
+                // The usual case, without a call that copies.
+                ([to], [pfn]) => *to = *pfn,
+                _ => pfns.copy_from_slice(range.pfns),
+            }
+            at = end;
+            heads += 1;
         }
+        self.used = at;
+        self.is_read_only = is_read_only;
+        self.was_mapped = false;
         if heads > 1 {
             self.link();
         }
-        self.is_used = true;
-        self.is_read_only = is_read_only;
-        self.was_mapped = false;
+    }
+
+    #[cold]
+    fn grow(&mut self, words: usize) {
+        self.words.resize(words, 0);
     }
 
     /// Now that the words stay where they are, each list can name the next.
@@ -106,7 +134,7 @@ impl MdlChain {
             let (count, offset) = (*extent as u32, (*extent >> 32) as u32);
             let pages = usize::try_from(pages_spanned(offset, count)).unwrap_or(0);
             let next = at + MDL_WORDS + pages;
-            if next >= self.words.len() {
+            if next >= self.used {
                 break;
             }
             if let Some(word) = self.words.get_mut(at) {

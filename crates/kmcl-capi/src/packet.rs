@@ -40,10 +40,11 @@ pub(crate) struct PacketWords {
 }
 
 impl Content for Outgoing {
+    const KIND: Kind = Kind::Packet;
     type Shared = PacketWords;
 }
 
-static PACKETS: Table<Outgoing> = Table::new(Kind::Packet);
+static PACKETS: Table<Outgoing> = Table::new();
 
 const NO_PACKET: &str = "names no packet: it is null, of another kind, or freed";
 
@@ -113,7 +114,8 @@ fn make(it: &CChannel, mut packet: Packet, address: u64) -> Option<Handle> {
     words.channel.store(it.handle.0, Relaxed);
     words.address.store(address, Relaxed);
     taken.content().packet = None;
-    let (handle, found) = taken.open(false);
+    let found = taken.open();
+    let handle = found.handle();
     // The library keeps one word with a packet. It is ours: C's is in the slot.
     packet.set_pointer(usize::try_from(handle.0).unwrap_or(0));
     packet.set_completion_routine(Arc::clone(&it.completion) as _);
@@ -123,7 +125,7 @@ fn make(it: &CChannel, mut packet: Packet, address: u64) -> Option<Handle> {
 
 fn end(claim: Claim<Outgoing>) {
     if let Some(taken) = claim.end() {
-        PACKETS.give_back(taken.index());
+        PACKETS.give_back(&taken);
     }
 }
 

@@ -25,15 +25,16 @@ enum Object {
 #[derive(Default)]
 struct ObjectSlot(Option<Object>);
 impl Content for ObjectSlot {
+    const KIND: Kind = Kind::Object;
     type Shared = ();
 }
 
-static OBJECTS: Table<ObjectSlot> = Table::new(Kind::Object);
+static OBJECTS: Table<ObjectSlot> = Table::new();
 
 fn register(object: Object) -> Result<Handle, NtStatus> {
     let mut taken = OBJECTS.take().ok_or(NtStatus::INSUFFICIENT_RESOURCES)?;
     taken.content().0 = Some(object);
-    Ok(taken.open(false).0)
+    Ok(taken.open().handle())
 }
 
 fn find(handle: Handle) -> Option<Object> {
@@ -44,7 +45,7 @@ fn let_go(handle: Handle) -> Option<Object> {
     let mut claim = OBJECTS.find(handle)?.claim()?;
     let object = claim.0.take();
     if let Some(taken) = claim.end() {
-        OBJECTS.give_back(taken.index());
+        OBJECTS.give_back(&taken);
     }
     object
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
 use vmbus_memory::{GuestMemory, PageRun};
+use vmbus_ring::RingError;
 use vmbus_wire::guid::Guid;
 
 use crate::batch::Batch;
@@ -569,9 +570,21 @@ impl Channel {
     // ---- What packets ask of their channel --------------------------------------------------------
 
     pub(crate) fn complete(&self, body: Box<Body>, payload: &[u8]) {
+        self.complete_by(|traffic| traffic.complete(body, payload));
+    }
+
+    /// As [`Self::complete`], with the payload that `body` keeps.
+    pub(crate) fn complete_kept(&self, body: Box<Body>) {
+        self.complete_by(|traffic| traffic.complete_kept(body));
+    }
+
+    fn complete_by(
+        &self,
+        complete: impl FnOnce(&mut Traffic) -> (Consequences, Result<(), RingError>),
+    ) {
         let (consequences, ring, written) = {
             let mut traffic = self.traffic();
-            let (consequences, written) = traffic.complete(body, payload);
+            let (consequences, written) = complete(&mut traffic);
             (consequences, traffic.publish(), written)
         };
         ring.give();

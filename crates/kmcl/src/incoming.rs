@@ -1,5 +1,7 @@
 //! A packet from the peer, in the hands of the device.
 
+use std::ops::Range;
+
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::external::ExternalData;
@@ -24,9 +26,9 @@ pub enum Level {
 ///
 /// Source: VMBPACKETCOMPLETION.
 pub struct IncomingPacket {
-    /// Gone once the packet is over: only a packet that still has it is failed when dropped.
+    /// Gone once the packet is over: only a packet that still has it is failed when dropped. Two words, so
+    /// that a packet travels in registers.
     held: Option<Held>,
-    level: Level,
 }
 
 struct Held {
@@ -35,8 +37,10 @@ struct Held {
 }
 
 impl IncomingPacket {
-    pub(crate) fn new(body: Box<Body>, channel: Channel, level: Level) -> Self {
-        Self { held: Some(Held { body, channel }), level }
+    #[inline]
+    pub(crate) fn new(mut body: Box<Body>, channel: Channel, level: Level) -> Self {
+        body.level = level;
+        Self { held: Some(Held { body, channel }) }
     }
 
     /// The message, without the bus's headers. Its length is a multiple of 8 (the ring keeps no
@@ -68,7 +72,7 @@ impl IncomingPacket {
     /// What the thread that delivers the packet may do.
     #[must_use]
     pub fn level(&self) -> Level {
-        self.level
+        self.held.as_ref().map_or(Level::Dispatch, |held| held.body.level)
     }
 
     /// The driver's own area on the packet, zeroed at delivery; its size is that of
@@ -129,6 +133,19 @@ impl IncomingPacket {
         }
     }
 
+    /// As [`Self::complete`], with a part of [`Self::payload`], which is then not copied. A part that is not
+    /// within it is empty.
+    ///
+    /// Source: VmbChannelPacketComplete.
+    #[inline]
+    pub fn complete_with_own(self, part: Range<usize>) {
+        let Some((mut body, channel)) = self.into_parts() else { return };
+        body.keep_part(part);
+        if let Err((body, channel)) = stage::complete_kept(body, channel) {
+            channel.complete_kept(body);
+        }
+    }
+
     /// Gives the packet up as malformed: no completion is sent, and the channel delivers nothing more
     /// until it is closed and opened again (D-36).
     ///
@@ -170,7 +187,9 @@ impl IncomingPacket {
 
     #[inline]
     pub(crate) fn into_parts(mut self) -> Option<(Box<Body>, Channel)> {
-        self.held.take().map(|Held { body, channel }| (body, channel))
+        let held = self.held.take();
+        std::mem::forget(self); // it is over: nothing is left to look at
+        held.map(|Held { body, channel }| (body, channel))
     }
 }
 

@@ -4,6 +4,7 @@
 //! kept until the channel closes, so that a channel at work allocates nothing: room for a payload
 //! above [`INLINE_PAYLOAD`] bytes, since few channels carry such, and none of them in every packet.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use vmbus_memory::GuestMemory;
@@ -13,6 +14,7 @@ use vmbus_wire::ranges::GpaRanges;
 
 use crate::bus::Residency;
 use crate::external::outside;
+use crate::incoming::Level;
 use crate::settings::Settings;
 
 /// Payload bytes for which each pooled packet has room from the start.
@@ -39,6 +41,8 @@ pub(crate) struct Body {
     pub(crate) opening: u64,
     pub(crate) transaction_id: u64,
     pub(crate) wants_completion: bool,
+    /// What the thread that delivers it may do.
+    pub(crate) level: Level,
     pub(crate) external: External,
     /// Where the message is within the payload buffer: a pipe's header comes before it.
     start: usize,
@@ -71,6 +75,7 @@ impl Body {
             opening: 0,
             transaction_id: 0,
             wants_completion: false,
+            level: Level::Dispatch,
             external: External::None,
             start: 0,
             end: 0,
@@ -156,6 +161,17 @@ impl Body {
         self.start = 0;
         self.end = payload.len();
         true
+    }
+
+    /// Makes a part of the payload the completion: that, or nothing.
+    #[inline]
+    pub(crate) fn keep_part(&mut self, part: Range<usize>) {
+        let len = self.end - self.start;
+        let part = if part.start <= part.end && part.end <= len { part } else { 0..0 };
+        let end = part.end.min(part.start + self.completion_limit);
+        debug_assert_eq!(end, part.end, "completion too large");
+        self.end = self.start + end;
+        self.start += part.start;
     }
 
     /// As [`Self::keep_completion`], with more room where that takes it: the packet may wait for long.

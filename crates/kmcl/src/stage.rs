@@ -125,6 +125,22 @@ pub(crate) fn complete(
     result
 }
 
+/// As [`complete`], for a body that has its completion already.
+#[inline]
+pub(crate) fn complete_kept(body: Box<Body>, channel: Channel) -> Result<(), (Box<Body>, Channel)> {
+    let Some(mut stage) = STAGE.take() else { return Err((body, channel)) };
+    let ours = stage.channel == address(&channel.shared) && stage.completed.len() < CAPACITY;
+    let result = if ours {
+        stage.completed.push(body);
+        stage.handles.push(channel);
+        Ok(())
+    } else {
+        Err((body, channel))
+    };
+    STAGE.set(Some(stage));
+    result
+}
+
 /// Writes what this thread has put aside for `channel`, so that something else can follow it.
 pub(crate) fn settle_before(channel: &Channel, traffic: &mut Traffic) -> Result<(), RingError> {
     let ours = with(|stage| stage.channel == address(&channel.shared)).unwrap_or(false);

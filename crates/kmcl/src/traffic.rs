@@ -347,6 +347,24 @@ impl Traffic {
         (self.retire(body), written)
     }
 
+    /// As [`Self::complete`], with the payload that `body` keeps.
+    pub(crate) fn complete_kept(
+        &mut self,
+        body: Box<Body>,
+    ) -> (Consequences, Result<(), RingError>) {
+        if self.is_stale(&body) {
+            return (Consequences::default(), Ok(()));
+        }
+        if self.frozen && body.wants_completion {
+            return (self.hold_kept(body), Ok(()));
+        }
+        let written = match &mut self.ring {
+            Some(ring) if body.wants_completion => ring.complete(&body, body.payload()),
+            _ => Ok(()),
+        };
+        (self.retire(body), written)
+    }
+
     /// As [`Self::complete`], for all of `bodies`, with the payloads that they keep. Only the first
     /// thing that goes wrong is told.
     pub(crate) fn complete_all(

@@ -102,6 +102,57 @@ fn transaction_ids_are_opaque() {
     server.disable();
 }
 
+/// VmbChannelPacketComplete in the packet's own buffer: in its callback, later, and while the channel is
+/// frozen. What is not part of the payload is empty.
+#[test]
+fn a_packet_can_be_answered_with_a_part_of_itself() {
+    let device = Device::on_packet(|_, packet| {
+        let part = match packet.payload()[0] {
+            0 => 0..8,
+            1 => 8..16,
+            2 => 16..16,
+            3 => 9..17,
+            _ => 5..5,
+        };
+        packet.complete_with_own(part);
+    });
+    let pair = Pair::open(device);
+    let answers = Arc::new(Answers::default());
+    let message = |n: u8| -> Vec<u8> { (n..n + 16).collect() };
+    (0..5_u8).for_each(|n| send(&pair.client, n.into(), &message(n), &answers));
+    pair.pump();
+    let expected = |n: u8| match n {
+        0 => message(0)[..8].to_vec(),
+        1 => message(1)[8..].to_vec(),
+        _ => vec![],
+    };
+    let mut got = answers.take();
+    got.sort();
+    for (n, answer) in (0..5_u8).zip(got) {
+        assert_eq!(answer, (n.into(), NtStatus::SUCCESS, expected(n)));
+    }
+    pair.close();
+
+    let pair = Pair::open(Device::holding());
+    (0..3_u8).for_each(|n| send(&pair.client, n.into(), &message(n), &answers));
+    pair.pump();
+    let mut held = pair.device.take_held();
+    held.pop().unwrap().complete_with_own(8..16);
+    let frozen = pair.server.freeze().unwrap();
+    held.pop().unwrap().complete_with_own(0..16);
+    pair.pump();
+    assert_eq!(answers.take(), [(2, NtStatus::SUCCESS, message(2)[8..].to_vec())]);
+    frozen.thaw();
+    held.pop().unwrap().complete_with_own(4..12);
+    pair.pump();
+    let mut got = answers.take();
+    got.sort();
+    let expected = [(0, message(0)[4..12].to_vec()), (1, message(1))]
+        .map(|(n, bytes)| (n, NtStatus::SUCCESS, bytes));
+    assert_eq!(got, expected);
+    pair.close();
+}
+
 /// D-44, EvtVmbChannelProcessingComplete: at the end of every batch, whatever ended it, with the
 /// number of its deliveries; not where nothing was delivered.
 #[test]

@@ -82,6 +82,11 @@ impl Traffic {
     /// Keeps a completion until the channel thaws.
     pub(super) fn hold(&mut self, mut body: Box<Body>, payload: &[u8]) -> Consequences {
         body.hold_completion(payload);
+        self.hold_kept(body)
+    }
+
+    /// As [`Self::hold`], with the payload that `body` keeps.
+    pub(super) fn hold_kept(&mut self, body: Box<Body>) -> Consequences {
         self.held.push(body);
         Consequences { settled: self.is_settled(), ..Consequences::default() }
     }
