@@ -11,8 +11,9 @@
 //! later, and none of them runs a guest or its devices: whatever comes over the socket, the VM goes on.
 //!
 //! Everything is bounded: connections ([`MAX_CONNECTIONS`]), bytes of a request ([`MAX_HEAD_BYTES`],
-//! [`MAX_BODY_BYTES`]), the time a request may take to come ([`REQUEST_PATIENCE`]), an idle connection to
-//! stay ([`IDLE_PATIENCE`]) and a peer to read its answer ([`ANSWER_PATIENCE`]).
+//! [`MAX_BODY_BYTES`]), the time a request may take to come ([`REQUEST_PATIENCE`]) and a peer to read its
+//! answer ([`ANSWER_PATIENCE`]). A connection without a request stays open until the VM has ended, unless its
+//! place is needed.
 //!
 //! The socket's path has mode 0600, and whoever connects is asked for by the system's word: the owner of
 //! this process, or root, and nobody else.
@@ -50,7 +51,7 @@ pub use api::{
     HeartbeatState, Hex, Info, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
 };
 pub use call::{API_ROOT, REQUESTS};
-pub use exchange::{ANSWER_PATIENCE, IDLE_PATIENCE, REQUEST_PATIENCE};
+pub use exchange::{ANSWER_PATIENCE, REQUEST_PATIENCE};
 pub use http::{MAX_BODY_BYTES, MAX_FIELDS, MAX_HEAD_BYTES};
 pub use server::{CLOSE_PATIENCE, MAX_CONNECTIONS};
 

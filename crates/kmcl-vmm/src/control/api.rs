@@ -196,7 +196,7 @@ impl<'de> Deserialize<'de> for Hex {
 
 /// What has been counted, in groups: `exits` (of the processors, by reason), `vp0`, `disk/<name>`,
 /// `channel/<id>` and the like, each of named numbers. Groups and names may come and go between versions;
-/// a number never falls while the VM runs.
+/// a count never falls while the VM runs; numbers of what there is at the moment do.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct Counters(pub BTreeMap<String, BTreeMap<String, u64>>);

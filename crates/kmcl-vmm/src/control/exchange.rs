@@ -20,8 +20,6 @@ use super::http::{Answer, CONTINUE, Head};
 
 /// How long a request may take to come, from its first byte to its last.
 pub const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a connection may be open without a request.
-pub const IDLE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a peer may take to read its answer.
 pub const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long bytes are thrown away after the last answer, and how many.
@@ -66,7 +64,8 @@ pub(super) struct Exchange {
     for_head: bool,
     peer_ended: bool,
     drained: usize,
-    deadline: Instant,
+    /// When the step that it is at was begun, and with its first byte a request.
+    since: Instant,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -90,7 +89,7 @@ impl Exchange {
             for_head: false,
             peer_ended: false,
             drained: 0,
-            deadline: now + IDLE_PATIENCE,
+            since: now,
         }
     }
 
@@ -105,14 +104,22 @@ impl Exchange {
         }
     }
 
-    /// When it has waited long enough: [`Exchange::expire`] then. A call takes as long as it takes.
+    /// When it has waited long enough: [`Exchange::expire`] then. A call takes as long as it takes, and a
+    /// connection without a request may stay: it is closed when its place is needed.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        (!matches!(self.step, Step::Call | Step::Over)).then_some(self.deadline)
+        let patience = match self.step {
+            Step::Request if self.input.is_empty() => return None,
+            Step::Request => REQUEST_PATIENCE,
+            Step::Answer => ANSWER_PATIENCE,
+            Step::Drain => DRAIN_PATIENCE,
+            Step::Call | Step::Over => return None,
+        };
+        Some(self.since + patience)
     }
 
-    /// Whether nothing is lost but a connection when it is closed.
-    pub(super) fn is_idle(&self) -> bool {
-        self.step == Step::Request && self.input.is_empty()
+    /// Since when there is no request, not even the begin of one.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        (self.step == Step::Request && self.input.is_empty()).then_some(self.since)
     }
 
     /// The peer has sent bytes; gives a request that is complete with them.
@@ -120,7 +127,7 @@ impl Exchange {
         match self.step {
             Step::Request => {
                 if self.input.is_empty() {
-                    self.deadline = now + REQUEST_PATIENCE;
+                    self.since = now;
                 }
                 self.input.extend_from_slice(bytes);
                 self.next(now)
@@ -154,7 +161,7 @@ impl Exchange {
         self.output = answer.to_bytes(!self.last, self.for_head);
         self.sent = 0;
         self.step = Step::Answer;
-        self.deadline = now + ANSWER_PATIENCE;
+        self.since = now;
     }
 
     /// Bytes for the peer.
@@ -173,14 +180,12 @@ impl Exchange {
         if self.step != Step::Answer {
             return None;
         }
+        self.since = now;
         if self.last || self.peer_ended && self.input.is_empty() {
             self.step = if self.peer_ended { Step::Over } else { Step::Drain };
-            self.deadline = now + DRAIN_PATIENCE;
             return None;
         }
         self.step = Step::Request;
-        let begun = !self.input.is_empty();
-        self.deadline = now + if begun { REQUEST_PATIENCE } else { IDLE_PATIENCE };
         let next = self.next(now);
         if self.peer_ended {
             self.ended(now);
@@ -277,7 +282,7 @@ mod tests {
         exchange.answer(&Answer::done(), now);
         assert_eq!(take(&mut exchange, now).1, None);
         assert_eq!(exchange.wants(), Wants::Read);
-        assert!(exchange.is_idle());
+        assert_eq!(exchange.idle_since(), Some(now));
     }
 
     #[test]
@@ -309,15 +314,17 @@ mod tests {
     fn whoever_is_slow_is_told_or_closed() {
         let start = Instant::now();
         let after = |patience| Some(start + patience);
-        let mut exchange = Exchange::new(start);
-        assert_eq!(exchange.deadline(), after(IDLE_PATIENCE));
-        exchange.expire(start);
-        assert_eq!((exchange.wants(), exchange.deadline()), (Wants::Close, None), "said nothing");
+        let exchange = Exchange::new(start);
+        assert_eq!(
+            (exchange.deadline(), exchange.idle_since()),
+            (None, Some(start)),
+            "says nothing"
+        );
 
         let mut exchange = Exchange::new(start);
         for byte in GET.as_bytes().iter().take(9) {
             let later = start + Duration::from_secs(5);
-            let now = if exchange.is_idle() { start } else { later };
+            let now = exchange.idle_since().unwrap_or(later);
             assert_eq!(exchange.received(&[*byte], now), None);
             assert_eq!(exchange.deadline(), after(REQUEST_PATIENCE), "more bytes, no more time");
         }

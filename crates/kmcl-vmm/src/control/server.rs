@@ -222,10 +222,9 @@ impl Server {
             return turn_away(&socket, &refusal);
         }
         if self.connections.len() >= MAX_CONNECTIONS {
-            // They are numbered in the order in which they came, and the idle have a deadline.
-            let idle = self.connections.iter().filter(|(_, c)| c.exchange.is_idle());
-            match idle.min_by_key(|(_, c)| c.exchange.deadline()).map(|(&id, _)| id) {
-                Some(id) => drop(self.connections.remove(&id)),
+            let idle = |(&id, c): (&u64, &Connection)| Some((c.exchange.idle_since()?, id));
+            match self.connections.iter().filter_map(idle).min() {
+                Some((_, id)) => drop(self.connections.remove(&id)),
                 None => return turn_away(&socket, &busy("too many connections")),
             }
         }
