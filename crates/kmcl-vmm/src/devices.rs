@@ -1,6 +1,9 @@
 //! What is offered to a guest on its bus: storage controllers with their disks, services, sockets.
 
 mod disks;
+mod restore;
+mod services;
+mod still;
 
 use std::sync::Arc;
 
@@ -15,21 +18,24 @@ use crate::workers::{Workers, WorkersSource};
 
 pub use disks::DiskConfigError;
 pub(crate) use disks::{Disks, OpenDisk, Place};
+pub(crate) use restore::RestoringDevices;
+pub(crate) use services::{Services, Ticking};
+pub(crate) use still::{StillDevices, counts_requests};
 
 /// The instance by which a guest knows its first controller: always the same, so that it knows it again.
 /// Those of the others follow.
 const FIRST_CONTROLLER: u128 = 0x6b6d_636c_0000_4000_8000_0000_0000_0001;
 
 /// The devices of a guest that runs. Fields are dropped in this order.
-#[derive(Debug)]
 pub(crate) struct Devices {
+    services: Services,
     controllers: Vec<ScsiController>,
     _messages: Waited,
 }
 
 /// Something that a worker waits for, until this is dropped.
 #[derive(Debug)]
-struct Waited {
+pub(crate) struct Waited {
     workers: Arc<Workers>,
     source: WorkersSource,
 }
@@ -69,6 +75,7 @@ impl Devices {
         partition: &Partition,
     ) -> Result<Self, VmError> {
         let messages = wait_for_messages(workers, partition)?;
+        let services = Services::offer(bus, workers, partition)?;
         let bus = Arc::new(bus.clone());
         let mut controllers = Vec::new();
         for number in 0..disks.controllers() {
@@ -84,7 +91,17 @@ impl Devices {
             controller.offer().map_err(failed)?;
             controllers.push(controller);
         }
-        Ok(Self { controllers, _messages: messages })
+        Ok(Self { services, controllers, _messages: messages })
+    }
+
+    /// The integration services.
+    pub(crate) fn services(&self) -> &Services {
+        &self.services
+    }
+
+    /// Of each controller the requests in flight: waiting, and with a back end.
+    pub(crate) fn in_flight(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.controllers.iter().map(ScsiController::in_flight)
     }
 
     /// Gives the guest a disk.
@@ -111,7 +128,10 @@ impl Devices {
     }
 }
 
-fn wait_for_messages(workers: &Arc<Workers>, partition: &Partition) -> Result<Waited, VmError> {
+pub(crate) fn wait_for_messages(
+    workers: &Arc<Workers>,
+    partition: &Partition,
+) -> Result<Waited, VmError> {
     let source = Arc::new(MessagesTaken(partition.clone()));
     let source = workers.add_source(partition.clone(), source);
     let source = source

@@ -9,30 +9,37 @@
 //!
 //! One lock is held for as long as a VM is changed; questions are answered without it.
 
+mod counters;
 mod crash;
 mod error;
+mod restore;
+mod save;
+pub(crate) mod saved;
 
 use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use hyperv_kvm::Mode;
 use vmbus_host::{Connection, HostBus};
 use vmbus_memory::GuestMemory;
+use vsp_integration::ShutdownKind;
 
 use crate::boot::BootConfig;
 use crate::config::{DiskConfig, OnReset, SynicMode, VmConfig};
 use crate::control::{
-    ControlError, Controlled, Counters, Crash, DiskAddress, ErrorKind, Heartbeat, HeartbeatState,
-    Info, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
+    ControlError, Controlled, Counters, Crash, DiskAddress, Heartbeat, HeartbeatState, Info,
+    RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
 };
-use crate::devices::{Devices, Disks};
+use crate::devices::{Devices, Disks, Ticking};
 use crate::event::{End, Events, MachineEvent};
 use crate::machine::{Machine, MachineConfig, Running};
+use crate::memory::MemoryProgress;
 use crate::serial::ConsoleOutput;
 use crate::workers::Workers;
 
 pub use error::VmError;
+pub use restore::RestoreOptions;
 
 /// What a VM has of its host.
 pub struct VmHost {
@@ -57,6 +64,9 @@ pub enum Notice {
     Restarted,
     /// Its guest has crashed, and says why.
     Crashed(Crash),
+    /// Memory that was to be read while the guest runs cannot be read: the file is damaged, or gone. The
+    /// guest waits for it for ever, so the process has to end now.
+    MemoryLost(String),
 }
 
 /// How a VM has ended.
@@ -126,8 +136,11 @@ struct Status {
     config: VmConfig,
     bus: HostBus,
     memory: GuestMemory,
+    services: Weak<Ticking>,
     last_crash: Option<Crash>,
     counters: Counters,
+    /// How far memory has come, while it is being saved.
+    progress: Option<MemoryProgress>,
     /// Why it ends, once that was decided.
     end: Option<VmEnd>,
 }
@@ -183,6 +196,7 @@ fn boot(
             command_line: config.command_line.clone(),
         },
         memory_bytes: config.memory_bytes,
+        huge_pages: config.huge_pages,
         processors: config.processors,
         mode: config.synic.map(Into::into),
         bus: vmbus_host::Config::default(),
@@ -211,8 +225,10 @@ impl Shared {
             config: config.clone(),
             bus: partition.bus().clone(),
             memory: live.running.memory().clone(),
+            services: Arc::downgrade(live.devices.services().ticking()),
             last_crash: None,
             counters: Counters::default(),
+            progress: None,
             end: None,
         };
         observer(&Notice::Running(mode));
@@ -275,6 +291,7 @@ impl Shared {
             status.state = State::Running;
             status.bus = live.running.partition().bus().clone();
             status.memory = live.running.memory().clone();
+            status.services = Arc::downgrade(live.devices.services().ticking());
         }
         core.live = Some(live);
         Ok(events)
@@ -288,10 +305,11 @@ impl Shared {
         drop(core);
     }
 
-    /// Ends the VM, because of `end`.
+    /// Ends the VM, because of `end`. Its images are closed when this returns.
     fn end(&self, core: &mut Core, end: VmEnd) {
         self.status().end.get_or_insert(end);
         core.live = None;
+        core.disks.clear();
     }
 
     /// Notes which disks there are.
@@ -320,9 +338,24 @@ impl VmHandle {
         core.live().map_or(bytes.len(), |live| live.running.type_in(bytes))
     }
 
+    /// Asks the guest, and waits for its answer; others may change the VM meanwhile.
+    fn ask_guest(&self, kind: ShutdownKind, request: ShutdownRequest) -> Result<(), VmError> {
+        let services = Arc::clone(self.shared.core().live()?.devices.services().ticking());
+        let force = request.force;
+        services.shut_down(vsp_integration::ShutdownRequest { kind, force })
+    }
+
     fn set_paused(&self, paused: bool) -> Result<(), VmError> {
-        let _ = paused;
-        Err(VmError::State("pausing is not there yet".to_owned()))
+        let core = self.shared.core();
+        let Live { running, devices } = core.live()?;
+        if paused {
+            running.pause()?;
+        } else {
+            running.resume();
+        }
+        devices.services().set_standing(paused);
+        self.shared.status().state = if paused { State::Paused } else { State::Running };
+        Ok(())
     }
 }
 
@@ -341,13 +374,7 @@ impl Controlled for VmHandle {
             mode: status.mode,
             config: status.config.clone(),
             vmbus_version: version.map(|version| version.to_string()),
-            heartbeat: Heartbeat {
-                state: HeartbeatState::Absent,
-                version: None,
-                sent: 0,
-                answered: 0,
-                missed: 0,
-            },
+            heartbeat: status.services.upgrade().map_or_else(no_heartbeat, |it| heartbeat(&it)),
             last_crash: status.last_crash.clone(),
         })
     }
@@ -357,7 +384,8 @@ impl Controlled for VmHandle {
         if let Ok(core) = self.shared.core.try_lock()
             && let Ok(live) = core.live()
         {
-            let _ = live;
+            let counters = counters::of(live, &core.disks);
+            self.shared.status().counters = counters;
         }
         Ok(self.shared.status().counters.clone())
     }
@@ -370,16 +398,16 @@ impl Controlled for VmHandle {
         Ok(self.set_paused(false)?)
     }
 
-    fn save(&self, _request: SaveRequest) -> Result<Saved, ControlError> {
-        Err(ControlError::new(ErrorKind::Unsupported, "not there yet"))
+    fn save(&self, request: SaveRequest) -> Result<Saved, ControlError> {
+        Ok(self.shared.save(&request)?)
     }
 
-    fn shutdown(&self, _request: ShutdownRequest) -> Result<(), ControlError> {
-        Err(ControlError::new(ErrorKind::Unsupported, "not there yet"))
+    fn shutdown(&self, request: ShutdownRequest) -> Result<(), ControlError> {
+        Ok(self.ask_guest(ShutdownKind::PowerOff, request)?)
     }
 
-    fn reboot(&self, _request: ShutdownRequest) -> Result<(), ControlError> {
-        Err(ControlError::new(ErrorKind::Unsupported, "not there yet"))
+    fn reboot(&self, request: ShutdownRequest) -> Result<(), ControlError> {
+        Ok(self.ask_guest(ShutdownKind::Reboot, request)?)
     }
 
     fn add_disk(&self, config: DiskConfig) -> Result<DiskAddress, ControlError> {
@@ -400,6 +428,28 @@ impl Controlled for VmHandle {
         self.shared.note_disks(&core);
         Ok(())
     }
+}
+
+/// What the guest's heartbeat says of it.
+fn heartbeat(services: &Ticking) -> Heartbeat {
+    let status = services.heartbeat();
+    let state = match status.versions {
+        None => HeartbeatState::Absent,
+        Some(_) if status.missed_in_a_row > 0 => HeartbeatState::Silent,
+        Some(_) => HeartbeatState::Alive,
+    };
+    Heartbeat {
+        state,
+        version: status.versions.map(|versions| versions.message.to_string()),
+        sent: status.sent,
+        answered: status.answered,
+        missed: status.missed_in_a_row,
+    }
+}
+
+fn no_heartbeat() -> Heartbeat {
+    let state = HeartbeatState::Absent;
+    Heartbeat { state, version: None, sent: 0, answered: 0, missed: 0 }
 }
 
 /// One console, for one machine after another.

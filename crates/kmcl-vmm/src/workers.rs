@@ -139,3 +139,13 @@ impl Driver for Workers {
         }
     }
 }
+
+impl vsp_integration::Driver for Workers {
+    fn add_channel(&self, channel: &Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.add(channel)
+    }
+
+    fn remove_channel(&self, channel: &Channel) {
+        self.remove(channel);
+    }
+}

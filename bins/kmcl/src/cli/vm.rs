@@ -85,9 +85,9 @@ pub(crate) struct Host {
     /// the guest connects to is at this path with _ and the port behind it
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,
-    /// What a reset of the guest does
-    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Reset::Restart)]
-    pub(crate) on_reset: Reset,
+    /// What a reset of the guest does (default: restart, or what the saved VM had)
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) on_reset: Option<Reset>,
     /// Where the guest's console goes instead of standard output: a file that is made
     #[arg(long, value_name = "FILE")]
     pub(crate) console: Option<PathBuf>,

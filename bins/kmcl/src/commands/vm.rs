@@ -2,6 +2,7 @@
 
 mod console;
 mod control;
+mod restore;
 mod run;
 
 use crate::cli::vm::Vm;
@@ -11,7 +12,7 @@ use crate::output::Output;
 pub(crate) fn run(command: &Vm, output: &Output) -> Result<()> {
     match command {
         Vm::Run(arguments) => run::run(arguments, output),
-        Vm::Restore(_) => Err(crate::exit::Failure::usage("not there yet", "")),
+        Vm::Restore(arguments) => restore::run(arguments, output),
         Vm::Save(arguments) => control::save(arguments, output),
         Vm::Shutdown(arguments) => control::shutdown(arguments),
         Vm::Reboot(arguments) => control::reboot(arguments),

@@ -134,6 +134,28 @@ impl Disks {
         Ok(disks)
     }
 
+    /// Opens the images in `configs`, as far as they are there: each one that is not adds a line to
+    /// `missing`.
+    ///
+    /// # Errors
+    /// [`DiskConfigError::Controllers`].
+    pub(crate) fn open_all(
+        configs: &[DiskConfig],
+        controllers: u8,
+        missing: &mut Vec<String>,
+    ) -> Result<Self, DiskConfigError> {
+        let mut disks = Self::open(&[], controllers)?;
+        for config in configs {
+            match disks.prepare(config) {
+                Ok(disk) => disks.add(disk),
+                Err(error) => {
+                    missing.push(format!("disk {}: {error}", config.id.as_deref().unwrap_or("?")));
+                }
+            }
+        }
+        Ok(disks)
+    }
+
     /// Opens one more image, and finds it a place. It is not among the disks yet.
     ///
     /// # Errors
@@ -177,6 +199,11 @@ impl Disks {
     /// Takes the disk of this name out; its image is closed when its last request has ended.
     pub(crate) fn remove(&mut self, id: &str) {
         self.disks.retain(|disk| disk.place.id != id);
+    }
+
+    /// Closes all images.
+    pub(crate) fn clear(&mut self) {
+        self.disks.clear();
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &OpenDisk> {

@@ -28,6 +28,12 @@ pub enum VmError {
         /// Why.
         source: ControllerError,
     },
+    /// The integration services.
+    #[error(transparent)]
+    Services(#[from] vsp_integration::IntegrationError),
+    /// The guest cannot be asked to shut down.
+    #[error(transparent)]
+    Shutdown(#[from] vsp_integration::ShutdownError),
     /// Threads for the devices.
     #[error("the threads for devices: {0}")]
     Workers(#[from] WorkerError),
@@ -65,6 +71,15 @@ pub enum VmError {
     #[error("{path} is there already: give a folder that is new or empty")]
     Taken {
         /// Which.
+        path: PathBuf,
+    },
+    /// The VM may not write there.
+    #[error(
+        "{path}: the VM may not make it: the user it runs as must be allowed to, and a VM in a sandbox must \
+         have been told of the directory (--allow)"
+    )]
+    Forbidden {
+        /// Where it was to be.
         path: PathBuf,
     },
     /// A state cannot be written.
@@ -110,6 +125,7 @@ impl From<VmError> for ControlError {
                 Disk::IdTaken { .. } | Disk::LunTaken { .. } | Disk::NoLun { .. } | Disk::TooMany,
             )
             | VmError::Ended
+            | VmError::Shutdown(_)
             | VmError::State(_) => ErrorKind::State,
             VmError::Taken { .. } => ErrorKind::Invalid,
             VmError::Silent { .. } => ErrorKind::Timeout,

@@ -1,11 +1,13 @@
 //! `kmcl vm run`: boots a guest and sees it to its end.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
 use kmcl_vmm::config::VmConfig;
 use kmcl_vmm::control::Control;
+use kmcl_vmm::sandbox::{Error as SandboxError, Landlock, Paths, Sandbox};
 use kmcl_vmm::{ConsoleOutput, Notice, Observer, Vm, VmEnd, VmError, VmHost};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -20,7 +22,9 @@ use crate::output::Output;
 pub(super) fn run(arguments: &Run, output: &Output) -> Result<()> {
     let interrupt = Interrupt::catch()?;
     let host = host(&arguments.host, *output)?;
-    let vm = Vm::start(config(arguments), host).map_err(failure)?;
+    let config = config(arguments);
+    enclose(&config, &arguments.host, Vec::new())?;
+    let vm = Vm::start(config, host).map_err(failure)?;
     see_through(vm, &arguments.host, interrupt)
 }
 
@@ -41,7 +45,7 @@ fn config(arguments: &Run) -> VmConfig {
         controllers: arguments.controllers.or(named).unwrap_or(1),
         sub_channels: arguments.sub_channels.unwrap_or(cpus.saturating_sub(1)),
         sockets: host.vsock.clone(),
-        on_reset: host.on_reset.into(),
+        on_reset: host.on_reset.map(Into::into).unwrap_or_default(),
     }
 }
 
@@ -55,6 +59,27 @@ pub(super) fn host(arguments: &Host, output: Output) -> Result<VmHost> {
     };
     let observer: Observer = Arc::new(move |notice| tell(notice, output));
     Ok(VmHost { console, workers: arguments.workers, observer })
+}
+
+/// Has this process give up what the VM has no need of. `read` is what it reads beside what is in `config`.
+///
+/// # Errors
+/// A [`Failure`] that names the file that is missing, or says what the system refuses.
+pub(super) fn enclose(config: &VmConfig, arguments: &Host, read: Vec<PathBuf>) -> Result<()> {
+    let mut paths = Paths::of(config);
+    paths.read.extend(read);
+    paths.write.extend(arguments.allow.iter().cloned());
+    paths.sockets.extend(arguments.control.clone());
+    let landlock = if arguments.no_landlock { Landlock::Off } else { Landlock::WherePossible };
+    let sandbox = Sandbox { seccomp: !arguments.no_seccomp, landlock };
+    match sandbox.apply(&paths) {
+        Ok(report) => {
+            tracing::info!(?report, "sandbox");
+            Ok(())
+        }
+        Err(error @ SandboxError::Path { .. }) => Err(Failure::usage(error, "check the path")),
+        Err(error) => Err(Failure::system(error, "--no-seccomp and --no-landlock do without")),
+    }
 }
 
 /// A line for each thing that happens.
@@ -71,6 +96,11 @@ fn tell(notice: &Notice, output: Output) {
             let numbers: Vec<_> = crash.parameters.iter().map(ToString::to_string).collect();
             let text = crash.message.as_deref().unwrap_or("no text");
             ("crashed", format!("the guest says {}: {text}", numbers.join(" ")))
+        }
+        Notice::MemoryLost(why) => {
+            // The guest waits for a page that will never come, and whoever touches it with it.
+            output.fail(&Failure::system(format_args!("the saved memory is lost: {why}"), ""));
+            std::process::exit(Exit::System as i32);
         }
         _ => return,
     };
