@@ -10,8 +10,9 @@
 mod common;
 
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
+use std::task::{Wake, Waker};
 
 use kmcl::Channel;
 use kmcl::loopback::LoopbackBus;
@@ -79,28 +80,87 @@ fn a_saved_state_and_its_rings_tell_the_same() {
     });
     guest.take_read();
     let is_over = AtomicBool::new(false);
-    let (mut read, mut saves) = (0, 0);
+    let ticks = AtomicU64::new(0);
     std::thread::scope(|threads| {
         threads.spawn(|| {
             let mut reference_time = 0;
             while !is_over.load(Ordering::Relaxed) {
                 reference_time += 10 * SECOND;
+                ticks.fetch_add(1, Ordering::Relaxed);
                 services.tick(Clocks { now: FileTime(reference_time), reference_time });
             }
         });
-        while read < 1000 {
+        let mut read = 0;
+        for save_number in 0..300 {
             guest.turn();
             read += guest.take_read().len() as u64;
+            // Right after a tick has begun: the freeze may well come in the middle of it.
+            let before = ticks.load(Ordering::Relaxed);
+            until(|| ticks.load(Ordering::Relaxed) > before);
             let frozen = services.freeze().unwrap();
             guest.turn();
             read += guest.take_read().len() as u64;
-            assert_eq!(heartbeats_sent(&save(&frozen)[0]), read, "save {saves}");
-            saves += 1;
+            assert_eq!(heartbeats_sent(&save(&frozen)[0]), read, "save {save_number}");
             frozen.thaw();
         }
         is_over.store(true, Ordering::Relaxed);
+        assert!(read > 0, "nothing was ever sent");
     });
-    assert!(saves > 0);
+}
+
+/// Runs in the middle of a send: the message is in the ring, and the guest is being signalled.
+struct InTheMiddle<F>(Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send> Wake for InTheMiddle<F> {
+    fn wake(self: Arc<Self>) {
+        let act = self.0.lock().unwrap().take();
+        if let Some(act) = act {
+            act();
+        }
+    }
+}
+
+#[test]
+fn a_freeze_waits_for_a_call_that_is_sending() {
+    let bus = LoopbackBus::new(4 << 20).unwrap();
+    let services = Arc::new(services(&bus, Arc::new(())));
+    let mut guest = Guest::open(&bus, Service::Heartbeat, Some(Linux::new(Service::Heartbeat)));
+    until(|| {
+        guest.turn();
+        matches!(services.phase(Service::Heartbeat), Phase::Agreed(_))
+    });
+    let has_frozen = Arc::new(AtomicBool::new(false));
+    let freezing = Arc::new(Mutex::new(None));
+    let act = {
+        let (services, has_frozen) = (Arc::clone(&services), Arc::clone(&has_frozen));
+        let freezing = Arc::clone(&freezing);
+        move || {
+            let thread = std::thread::spawn({
+                let (services, has_frozen) = (Arc::clone(&services), Arc::clone(&has_frozen));
+                move || {
+                    let frozen = services.freeze().unwrap();
+                    has_frozen.store(true, Ordering::SeqCst);
+                    frozen.thaw();
+                }
+            });
+            *freezing.lock().unwrap() = Some(thread);
+            // It has begun, and would be done long before this ends.
+            until(|| {
+                has_frozen.load(Ordering::SeqCst)
+                    || services.request_shutdown(POWER_OFF, "") == Err(ShutdownError::Held)
+            });
+            for _ in 0..10_000 {
+                std::thread::yield_now();
+            }
+            assert!(!has_frozen.load(Ordering::SeqCst), "frozen in the middle of a send");
+        }
+    };
+    guest.channel.set_waker(Waker::from(Arc::new(InTheMiddle(Mutex::new(Some(act))))));
+    services.tick(Clocks { now: FileTime(0), reference_time: 0 });
+    guest.channel.clear_waker();
+    let thread = freezing.lock().unwrap().take().unwrap();
+    thread.join().unwrap();
+    assert!(has_frozen.load(Ordering::SeqCst));
 }
 
 /// Asks again whenever it hears an answer: it may call the services.
