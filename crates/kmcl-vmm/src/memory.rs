@@ -8,6 +8,7 @@
 //! | `lanes` | several parts at once |
 //! | `save` | memory into a file |
 //! | `source` | a file of memory, read part by part |
+//! | `sparse` | what of a file is not a hole |
 //! | `eager` | memory that is read at once |
 //! | `lazy` | memory that is read while the guest runs |
 //! | `fault` | pages that are brought in when they are touched |
@@ -24,6 +25,7 @@ mod lazy;
 mod part;
 mod save;
 mod source;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -186,7 +188,7 @@ impl Ram {
                 ),
             }
         }
-        eager::load(&ram.shared, &source, progress)?;
+        eager::load(&ram, huge_pages, &source, progress)?;
         Ok(ram)
     }
 

@@ -1,22 +1,22 @@
 //! Memory that is read from its file all at once.
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-
-use vmbus_memory::GuestMemory;
 
 use super::index::PART_BYTES;
 use super::lanes::{self, Lane};
 use super::source::{MemoryFile, PartReader};
-use super::{MemoryProgress, Placed, part};
+use super::{MemoryProgress, Placed, Ram, failed, part};
 use crate::error::Error;
 
-/// Reads all of `file` into `memory`, which is all zeros.
+/// Reads all of `file` into `ram`, which is all zeros.
 pub(super) fn load(
-    memory: &GuestMemory,
+    ram: &Ram,
+    huge_pages: bool,
     file: &Arc<MemoryFile>,
     progress: &mut dyn FnMut(MemoryProgress),
 ) -> Result<(), Error> {
-    let lanes = (0..lanes::count()).map(|_| LoadLane::new(memory, file));
+    let lanes = (0..lanes::count()).map(|_| LoadLane::new(ram, huge_pages, file));
     let mut lanes = lanes.collect::<Result<Vec<_>, Error>>()?;
     let with_content = file.index.parts.iter().enumerate().filter(|(_, part)| part.length != 0);
     let mut numbers = with_content.map(|(number, _)| number);
@@ -44,7 +44,8 @@ pub(super) fn load(
 }
 
 struct LoadLane<'a> {
-    memory: &'a GuestMemory,
+    ram: &'a Ram,
+    huge_pages: bool,
     reader: PartReader,
     number: usize,
     /// Bytes that have become memory.
@@ -52,8 +53,8 @@ struct LoadLane<'a> {
 }
 
 impl<'a> LoadLane<'a> {
-    fn new(memory: &'a GuestMemory, file: &Arc<MemoryFile>) -> Result<Self, Error> {
-        Ok(Self { memory, reader: file.reader()?, number: 0, outcome: None })
+    fn new(ram: &'a Ram, huge_pages: bool, file: &Arc<MemoryFile>) -> Result<Self, Error> {
+        Ok(Self { ram, huge_pages, reader: file.reader()?, number: 0, outcome: None })
     }
 
     fn part(&mut self) -> Result<u64, Error> {
@@ -63,8 +64,14 @@ impl<'a> LoadLane<'a> {
         let mut written = 0;
         for run in part::runs(content) {
             let bytes = content.get(run.clone()).unwrap_or_default();
-            let written_to = self.memory.write(gpa.saturating_add(run.start as u64), bytes);
-            written_to.map_err(|error| Error::Memory(error.to_string()))?;
+            let start = run.start as u64;
+            if self.huge_pages {
+                // Files of huge pages cannot be written to.
+                self.ram.shared.write(gpa.saturating_add(start), bytes).map_err(failed)?;
+            } else {
+                // Twice as fast as through the mapping, where each new page is a fault, and is cleared.
+                self.ram.file.write_all_at(bytes, offset + start).map_err(failed)?;
+            }
             written += bytes.len() as u64;
         }
         Ok(written)

@@ -5,13 +5,11 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 use zstd::bulk::Compressor;
 
 use super::index::{Form, MAX_FRAME_BYTES, MemoryIndex, PART_BYTES, Part};
 use super::lanes::{self, Lane};
-use super::{MemoryProgress, Ram, part};
+use super::{MemoryProgress, Ram, part, sparse};
 use crate::error::Error;
 
 /// How memory is written.
@@ -88,7 +86,7 @@ fn write(
     };
     let memory = &*ram.file;
     let mut index = MemoryIndex::zeros(form, ram.placed());
-    let total_bytes = index.memory_bytes();
+    let (total_bytes, parts) = (index.memory_bytes(), index.parts.len() as u64);
     if form == Form::Plain {
         file.set_len(total_bytes).map_err(Failed::File)?;
     }
@@ -101,7 +99,9 @@ fn write(
     loop {
         let mut busy = 0;
         for lane in &mut lanes {
-            let Some(number) = part_with_data(memory, next).map_err(Failed::Memory)? else { break };
+            let Some(number) = part_with_data(memory, next, parts).map_err(Failed::Memory)? else {
+                break;
+            };
             (lane.number, lane.outcome) = (number, None);
             next = number + 1;
             busy += 1;
@@ -137,12 +137,9 @@ fn write(
 
 /// The first part from number `next` on that is not known to be zeros: what was never touched, in a
 /// memfd, is a hole.
-fn part_with_data(memory: &File, next: u64) -> io::Result<Option<u64>> {
-    match rustix::fs::seek(memory, SeekFrom::Data(next * PART_BYTES)) {
-        Ok(at) => Ok(Some(at / PART_BYTES)),
-        Err(Errno::NXIO) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+fn part_with_data(memory: &File, next: u64, parts: u64) -> io::Result<Option<u64>> {
+    let data = sparse::next_data(memory, next * PART_BYTES)?;
+    Ok(data.map(|at| at / PART_BYTES).filter(|number| *number < parts))
 }
 
 struct SaveLane<'a> {
@@ -174,7 +171,7 @@ impl<'a> SaveLane<'a> {
 
     fn part(&mut self) -> Result<Part, Failed> {
         let at = self.number * PART_BYTES;
-        self.memory.read_exact_at(&mut self.content, at).map_err(Failed::Memory)?;
+        sparse::read(self.memory, at, &mut self.content).map_err(Failed::Memory)?;
         let mut length = 0;
         for run in part::runs(&self.content) {
             length += run.len();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use zstd::bulk::Decompressor;
 
 use super::index::{Form, MAX_FRAME_BYTES, MemoryIndex, PART_BYTES};
-use super::part;
+use super::{part, sparse};
 use crate::error::Error;
 
 /// What is wrong with a file of guest memory.
@@ -140,7 +140,7 @@ impl PartReader {
                 return Err(wrong(MemoryFileError::Short { at: part.at, offset, found }));
             }
         } else {
-            self.file.file.read_exact_at(&mut self.content, offset).map_err(failed)?;
+            sparse::read(&self.file.file, offset, &mut self.content).map_err(failed)?;
         }
         let (found, expected) = (crc32c::crc32c(&self.content), part.checksum);
         if found != expected {
