@@ -129,11 +129,11 @@ fn a_freeze_waits_for_a_call_that_is_sending() {
         guest.turn();
         matches!(services.phase(Service::Heartbeat), Phase::Agreed(_))
     });
-    let has_frozen = Arc::new(AtomicBool::new(false));
+    let [has_frozen, was_early] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let freezing = Arc::new(Mutex::new(None));
     let act = {
         let (services, has_frozen) = (Arc::clone(&services), Arc::clone(&has_frozen));
-        let freezing = Arc::clone(&freezing);
+        let (freezing, was_early) = (Arc::clone(&freezing), Arc::clone(&was_early));
         move || {
             let thread = std::thread::spawn({
                 let (services, has_frozen) = (Arc::clone(&services), Arc::clone(&has_frozen));
@@ -152,7 +152,7 @@ fn a_freeze_waits_for_a_call_that_is_sending() {
             for _ in 0..10_000 {
                 std::thread::yield_now();
             }
-            assert!(!has_frozen.load(Ordering::SeqCst), "frozen in the middle of a send");
+            was_early.store(has_frozen.load(Ordering::SeqCst), Ordering::SeqCst);
         }
     };
     guest.channel.set_waker(Waker::from(Arc::new(InTheMiddle(Mutex::new(Some(act))))));
@@ -161,6 +161,7 @@ fn a_freeze_waits_for_a_call_that_is_sending() {
     let thread = freezing.lock().unwrap().take().unwrap();
     thread.join().unwrap();
     assert!(has_frozen.load(Ordering::SeqCst));
+    assert!(!was_early.load(Ordering::SeqCst), "frozen in the middle of a send");
 }
 
 /// Asks again whenever it hears an answer: it may call the services.
