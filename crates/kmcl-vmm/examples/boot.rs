@@ -70,6 +70,7 @@ fn main() -> Result<()> {
     let machine = Machine::new(MachineConfig {
         boot: BootConfig { kernel, initrd: Some(initrd), command_line },
         memory_bytes: 512 << 20,
+        huge_pages: false,
         processors,
         mode,
         bus: vmbus_host::Config::default(),

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::memory::MemoryFileError;
 
+use crate::machine::MachineStateError;
+
 /// See the module.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -22,7 +24,7 @@ pub enum Error {
     },
     /// The guest's Hyper-V interfaces cannot be provided, or have failed.
     #[error(transparent)]
-    HyperV(#[from] hyperv_kvm::Error),
+    HyperV(hyperv_kvm::Error),
     /// The amount of memory is out of range.
     #[error(
         "{bytes} bytes of memory: give a multiple of 2 MiB, at least {least} MiB and at most {most} GiB"
@@ -99,6 +101,32 @@ pub enum Error {
     /// The command line is too long, or has a byte that none can have.
     #[error("the kernel's command line: {0}")]
     CommandLine(String),
+    /// The machine has ended, and cannot be paused.
+    #[error("the machine has ended")]
+    Ended,
+    /// The machine runs, and would have to stand.
+    #[error("the machine is not paused")]
+    NotPaused,
+    /// Processors did not come to a stand.
+    #[error("{standing} of {count} processors have come to a stand: one does not leave an exit")]
+    DoesNotStand {
+        /// How many stood.
+        standing: u32,
+        /// How many there are.
+        count: u32,
+    },
+    /// The machine's state cannot be written.
+    #[error("the machine's state: {0}")]
+    Write(#[source] saved_state::WriteError),
+    /// A saved machine's state is damaged, or that of something else.
+    #[error("saved state of the machine: {0}")]
+    State(#[from] MachineStateError),
+    /// The serial port does not take the state that was saved.
+    #[error("the serial port: {0}")]
+    Serial(String),
+    /// This host is not what a saved machine needs: a line for each difference.
+    #[error("{}", .0.join("\n"))]
+    Differences(Vec<String>),
     /// A thread cannot be made.
     #[error("thread: {0}")]
     Thread(#[source] io::Error),
@@ -121,6 +149,15 @@ pub enum Error {
         /// Room.
         room: u64,
     },
+}
+
+impl From<hyperv_kvm::Error> for Error {
+    fn from(error: hyperv_kvm::Error) -> Self {
+        match error {
+            hyperv_kvm::Error::Differences(lines) => Self::Differences(lines),
+            error => Self::HyperV(error),
+        }
+    }
 }
 
 impl Error {

@@ -34,9 +34,12 @@ pub use boot::BootConfig;
 pub use devices::DiskConfigError;
 pub use error::Error;
 pub use event::{End, Events, MAX_CRASHES, MachineEvent};
-pub use machine::{MAX_PROCESSORS, Machine, MachineConfig, Running};
+pub use machine::{
+    MAX_PROCESSORS, Machine, MachineConfig, MachineCounters, MachineSave, MachineStateError,
+    RestoreConfig, RestoringMachine, Running,
+};
 pub use serial::ConsoleOutput;
-pub use vm::{Notice, Observer, Vm, VmEnd, VmError, VmHandle, VmHost};
+pub use vm::{Notice, Observer, RestoreOptions, Vm, VmEnd, VmError, VmHandle, VmHost};
 pub use workers::{Workers, WorkersSource};
 
 pub use hyperv_kvm::{CrashReport, Mode};

@@ -1,12 +1,26 @@
 //! A machine: memory, processors, a serial port, and a VMBus.
+//!
+//! | module | what it has |
+//! |---|---|
+//! | `processor` | the thread of a processor, exit by exit |
+//! | `gate` | how processors are brought to a stand |
+//! | `save`, `restore` | a machine as a stream, and back |
+//! | `counters` | what is counted |
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+mod counters;
+mod gate;
+mod processor;
+mod restore;
+mod save;
+
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
-use hyperv_kvm::{Mode, Outcome, Partition, PartitionConfig, Vp};
+use hyperv_kvm::restore::MsrNumbers;
+use hyperv_kvm::{Mode, Partition, PartitionConfig, Vp};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmbus_host::HostBus;
 use vmbus_memory::GuestMemory;
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
@@ -14,16 +28,17 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::boot::{self, BootConfig};
 use crate::error::Error;
 use crate::event::{End, Events, Teller};
-use crate::layout::{
-    CMOS_DATA, KEYBOARD_COMMAND, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL, SERIAL_GSI,
-    SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_OFF,
-};
+use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::memory::Ram;
 use crate::serial::{Console, ConsoleOutput};
 
-/// What KVM_RUN ends with where a signal came, and where the processor waits for its start.
-const EINTR: i32 = 4;
-const EAGAIN: i32 = 11;
+use counters::{KvmCounters, UserExits};
+use gate::{DoNotStand, Gate, STAND_WITHIN};
+use processor::Processor;
+
+pub use counters::MachineCounters;
+pub use restore::{MachineStateError, RestoreConfig, RestoringMachine};
+pub use save::MachineSave;
 
 /// Most processors of a machine.
 pub const MAX_PROCESSORS: u32 = 16;
@@ -34,6 +49,8 @@ pub struct MachineConfig {
     pub boot: BootConfig,
     /// Memory, in bytes: a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// Whether the memory is made of huge pages: [`Ram::with_huge_pages`].
+    pub huge_pages: bool,
     /// Processors: 1 to [`MAX_PROCESSORS`].
     pub processors: u32,
     /// Who provides Hyper-V's interfaces; `None`: whoever can.
@@ -49,14 +66,42 @@ pub struct Machine {
     partition: Partition,
     console: Arc<Console>,
     ram: Ram,
+    numbers: MsrNumbers,
     vcpus: Vec<(Vp, VcpuFd)>,
+}
+
+/// What KVM gives a machine, whether it is new or was saved.
+struct Hardware {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    vcpus: Vec<VcpuFd>,
+    numbers: MsrNumbers,
 }
 
 /// What the threads of a machine share.
 struct Shared {
     console: Arc<Console>,
-    stopping: AtomicBool,
+    gate: Gate,
+    exits: UserExits,
     teller: Teller,
+}
+
+impl Hardware {
+    /// A VM with its interrupt controllers, `ram` mapped into it, and vCPUs as they are made.
+    fn new(count: u32, ram: &Ram) -> Result<Self, Error> {
+        let kvm = Kvm::new().map_err(Error::NoKvm)?;
+        let numbers = MsrNumbers::new(&kvm)?;
+        let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?);
+        vm.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(KVM_TSS).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        ram.map_into(&vm)?;
+        let vcpus = (0..count)
+            .map(|index| vm.create_vcpu(index.into()).map_err(Error::kvm("KVM_CREATE_VCPU")));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok(Self { kvm, vm, vcpus, numbers })
+    }
 }
 
 impl Machine {
@@ -69,20 +114,12 @@ impl Machine {
         if !(1..=MAX_PROCESSORS).contains(&count) {
             return Err(Error::Processors { count, most: MAX_PROCESSORS });
         }
-        let kvm = Kvm::new().map_err(Error::NoKvm)?;
-        let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?);
-        vm.set_identity_map_address(KVM_IDENTITY_MAP)
-            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.set_tss_address(KVM_TSS).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-        vm.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-        let ram = Ram::new(config.memory_bytes)?;
-        ram.map_into(&vm)?;
-        let (console, line) = Console::new(config.console)?;
-        vm.register_irqfd(&line, SERIAL_GSI).map_err(Error::kvm("KVM_IRQFD"))?;
-
-        let vcpu_fds = (0..count)
-            .map(|index| vm.create_vcpu(index.into()).map_err(Error::kvm("KVM_CREATE_VCPU")));
-        let vcpu_fds = vcpu_fds.collect::<Result<Vec<_>, _>>()?;
+        let ram = match config.huge_pages {
+            true => Ram::with_huge_pages(config.memory_bytes)?,
+            false => Ram::new(config.memory_bytes)?,
+        };
+        let Hardware { kvm, vm, vcpus: vcpu_fds, numbers } = Hardware::new(count, &ram)?;
+        let console = Console::new(Console::line(&vm)?, config.console);
         let tsc_khz = match vcpu_fds.first() {
             Some(vcpu) => vcpu.get_tsc_khz().map_err(Error::kvm("KVM_GET_TSC_KHZ"))?,
             None => 0,
@@ -108,7 +145,7 @@ impl Machine {
             boot::set_up_processor(&vcpu, index, entry)?;
             vcpus.push((vp, vcpu));
         }
-        Ok(Self { partition, console: Arc::new(console), ram, vcpus })
+        Ok(Self { partition, console: Arc::new(console), ram, numbers, vcpus })
     }
 
     /// The bus on which devices are offered.
@@ -140,30 +177,34 @@ impl Machine {
     /// # Errors
     /// [`Error::Thread`], [`Error::Event`].
     pub fn start(self) -> Result<(Running, Events), Error> {
-        // The handler need do nothing: that a signal came is enough for a processor to leave KVM.
-        let kicked = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(kick_signal(), kicked).map_err(Error::Event)?;
-        let (teller, events) = Teller::new(self.vcpus.len());
-        let shared =
-            Arc::new(Shared { console: self.console, stopping: AtomicBool::new(false), teller });
-        let mut threads = Vec::new();
-        for (vp, vcpu) in self.vcpus {
-            let shared = Arc::clone(&shared);
-            let name = format!("vcpu{}", vp.index());
-            let thread = std::thread::Builder::new().name(name);
-            let thread = thread.spawn(move || run(&vp, vcpu, &shared));
-            threads.push(thread.map_err(Error::Thread)?);
+        take_kicks()?;
+        let Self { partition, console, ram, numbers, vcpus } = self;
+        let (teller, events) = Teller::new(vcpus.len());
+        let shared = Arc::new(Shared::new(console, vcpus.len(), teller));
+        let counters = vcpus.iter().map(|(_, vcpu)| KvmCounters::of(vcpu)).collect();
+        let processors = vcpus.into_iter();
+        let processors: Vec<_> =
+            processors.map(|(vp, vcpu)| Arc::new(Mutex::new(Processor { vp, vcpu }))).collect();
+        let mut running =
+            Running { shared, threads: Vec::new(), processors, counters, partition, numbers, ram };
+        for (index, processor) in running.processors.iter().enumerate() {
+            let (shared, processor) = (Arc::clone(&running.shared), Arc::clone(processor));
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}"));
+            let thread = thread.spawn(move || processor::run(index, &processor, &shared));
+            running.threads.push(thread.map_err(Error::Thread)?);
         }
-        let (partition, ram) = (self.partition, self.ram);
-        Ok((Running { shared, threads, partition, ram }, events))
+        Ok((running, events))
     }
 }
 
-/// A machine that runs. Dropping it stops it.
+/// A machine that runs, or stands until it is resumed. Dropping it stops it.
 pub struct Running {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    processors: Vec<Arc<Mutex<Processor>>>,
+    counters: Vec<KvmCounters>,
     partition: Partition,
+    numbers: MsrNumbers,
     /// Mapped into the guest for as long as it runs.
     ram: Ram,
 }
@@ -173,6 +214,12 @@ impl Running {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.ram.shared
+    }
+
+    /// The guest's memory, to be saved.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        &self.ram
     }
 
     /// The partition: its descriptor is readable when [`Partition::messages_taken`] is to be called.
@@ -186,16 +233,56 @@ impl Running {
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         self.shared.console.type_in(bytes)
     }
+
+    /// Brings the processors to a stand, each between two instructions, and returns when all stand. The
+    /// guest's clocks go on. A machine that stands already goes on standing.
+    ///
+    /// # Errors
+    /// [`Error::Ended`]; [`Error::DoesNotStand`] where a processor does not come out of an exit for half a
+    /// minute: all of them run again.
+    pub fn pause(&self) -> Result<(), Error> {
+        let count = u32::try_from(self.threads.len()).unwrap_or(u32::MAX); // at most 16
+        let stood = self.shared.gate.stand(Instant::now() + STAND_WITHIN, |index| {
+            if let Some(thread) = self.threads.get(index) {
+                let _already_over = thread.kill(kick_signal());
+            }
+        });
+        stood.map_err(|why| match why {
+            DoNotStand::Stopped => Error::Ended,
+            DoNotStand::TooLong { standing } => Error::DoesNotStand { standing, count },
+        })
+    }
+
+    /// Lets a machine that stands go on. One that runs, or has ended, is left as it is.
+    pub fn resume(&self) {
+        self.shared.gate.open();
+    }
+
+    /// Whether all processors stand.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.shared.gate.is_standing()
+    }
+
+    /// What has been counted since the start. Processors run on meanwhile.
+    #[must_use]
+    pub fn counters(&self) -> MachineCounters {
+        MachineCounters {
+            user_exits: self.shared.exits.values(),
+            interrupts: self.partition.interrupts(),
+            processors: self.counters.iter().map(KvmCounters::values).collect(),
+        }
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.shared.gate.stop();
         for thread in self.threads.drain(..) {
             // A kick that comes between a thread's last look and its next run is lost: so again.
             while !thread.is_finished() {
                 let _already_over = thread.kill(kick_signal());
-                std::thread::sleep(std::time::Duration::from_millis(1));
+                std::thread::sleep(gate::KICK_EVERY);
             }
             let _ended = thread.join();
         }
@@ -204,6 +291,16 @@ impl Drop for Running {
 
 fn kick_signal() -> i32 {
     SIGRTMIN()
+}
+
+/// Has kicks do nothing, once for this process: that a signal came is enough for a processor to leave KVM.
+fn take_kicks() -> Result<(), Error> {
+    static KICKED: OnceLock<()> = OnceLock::new();
+    if KICKED.get().is_none() {
+        signal_hook::flag::register(kick_signal(), Arc::default()).map_err(Error::Event)?;
+        let _another_was_first = KICKED.set(());
+    }
+    Ok(())
 }
 
 /// Each processor's own leaves: its APIC id, and how many there are.
@@ -222,143 +319,13 @@ fn cpuid_of(all: &CpuId, index: u32, count: u32) -> Result<CpuId, Error> {
     Ok(own)
 }
 
-/// Runs a processor until the machine ends.
-fn run(vp: &Vp, mut vcpu: VcpuFd, shared: &Shared) {
-    while !shared.stopping.load(Ordering::SeqCst) {
-        match step(vp, &mut vcpu, shared) {
-            Ok(None) => {}
-            Ok(Some(end)) => return shared.end(end),
-            Err(error) => return shared.end(End::Failed(error)),
-        }
-    }
-    shared.end(End::Stopped);
-}
-
-/// What an exit leaves to do once its borrow of the vCPU is over.
-enum Then {
-    Nothing,
-    Hyperv,
-    HypercallPort(u16),
-    SystemEvent(u32),
-    End(End),
-    Failed(String),
-}
-
-fn step(vp: &Vp, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>, Error> {
-    let then = match vcpu.run() {
-        Ok(exit) => handle(vp, exit, shared),
-        // Kicked, or not started yet.
-        Err(error) if matches!(error.errno(), EINTR | EAGAIN) => Then::Nothing,
-        Err(source) => return Err(Error::Kvm { call: "KVM_RUN", source }),
-    };
-    let outcome = match then {
-        Then::Nothing => Outcome::Continue,
-        Then::Hyperv => vp.hyperv_exit(vcpu)?,
-        Then::HypercallPort(port) => vp.port_write(vcpu, port)?,
-        Then::SystemEvent(event) => vp.system_event(vcpu, event)?,
-        Then::End(end) => return Ok(Some(end)),
-        Then::Failed(exit) => return Err(Error::Exit { vp: vp.index(), exit }),
-    };
-    Ok(match outcome {
-        Outcome::Continue | Outcome::NotOurs => None,
-        Outcome::Reset => Some(End::Reset),
-        Outcome::Crash(report) => {
-            shared.teller.crash(report);
-            None
-        }
-    })
-}
-
-fn handle(vp: &Vp, exit: VcpuExit<'_>, shared: &Shared) -> Then {
-    match exit {
-        VcpuExit::IoOut(port, _) if vp.is_port(port) => return Then::HypercallPort(port),
-        VcpuExit::IoOut(port, data) => return write_port(port, data, shared),
-        VcpuExit::IoIn(port, data) => read_port(port, data, shared),
-        VcpuExit::X86Rdmsr(exit) => match vp.read_msr(exit.index) {
-            Some(value) => *exit.data = value,
-            None => *exit.error = 1,
-        },
-        VcpuExit::X86Wrmsr(exit) => match vp.write_msr(exit.index, exit.data) {
-            Some(Outcome::Reset) => return Then::End(End::Reset),
-            Some(Outcome::Crash(report)) => shared.teller.crash(report),
-            Some(Outcome::Continue | Outcome::NotOurs) => {}
-            None => *exit.error = 1,
-        },
-        VcpuExit::Hyperv => return Then::Hyperv,
-        VcpuExit::SystemEvent(event, _) => return Then::SystemEvent(event),
-        VcpuExit::Shutdown => return Then::End(End::TripleFault { vp: vp.index() }),
-        // Nobody is there: reads give what an empty bus gives.
-        VcpuExit::MmioRead(_, data) => data.fill(0xff),
-        VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
-        other => return Then::Failed(format!("{other:?}")),
-    }
-    Then::Nothing
-}
-
-fn read_port(port: u16, data: &mut [u8], shared: &Shared) {
-    let value = match port {
-        SERIAL..=0x3ff => shared.console.read(u8::try_from(port - SERIAL).unwrap_or(0)),
-        // A kernel that looks for a clock in spite of the tables must not wait for its update to end.
-        SLEEP_STATUS | KEYBOARD_COMMAND | CMOS_DATA => 0,
-        _ => 0xff,
-    };
-    data.fill(value);
-}
-
-fn write_port(port: u16, data: &[u8], shared: &Shared) -> Then {
-    const SLEEP_ENABLE: u8 = 1 << 5;
-    const KEYBOARD_RESET: u8 = 0xfe;
-    let Some(&value) = data.first() else { return Then::Nothing };
-    match port {
-        SERIAL..=0x3ff => {
-            shared.console.write(u8::try_from(port - SERIAL).unwrap_or(0), value);
-        }
-        SLEEP_CONTROL if value == SLEEP_ENABLE | SLEEP_TYPE_OFF << 2 => {
-            return Then::End(End::PowerOff);
-        }
-        RESET if value == RESET_VALUE => return Then::End(End::Reset),
-        KEYBOARD_COMMAND if value == KEYBOARD_RESET => return Then::End(End::Reset),
-        _ => {}
-    }
-    Then::Nothing
-}
-
 impl Shared {
-    fn end(&self, end: End) {
-        self.stopping.store(true, Ordering::SeqCst);
-        self.teller.end(end);
+    fn new(console: Arc<Console>, processors: usize, teller: Teller) -> Self {
+        Self { console, gate: Gate::new(processors), exits: UserExits::default(), teller }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What the guest writes to power off and to reset, as the tables tell it, and nothing else.
-    #[test]
-    fn ports_end_the_machine() {
-        let (console, _line) = Console::new(Box::new(std::io::sink())).unwrap();
-        let (teller, _events) = Teller::new(1);
-        let (console, stopping) = (Arc::new(console), AtomicBool::new(false));
-        let shared = Shared { console, stopping, teller };
-        for (port, value, expected) in [
-            (SLEEP_CONTROL, 0x34, "PowerOff"),
-            (SLEEP_CONTROL, 0x14, ""),
-            (RESET, 1, "Reset"),
-            (RESET, 0, ""),
-            (KEYBOARD_COMMAND, 0xfe, "Reset"),
-            (KEYBOARD_COMMAND, 0x60, ""),
-            (0x80, 1, ""),
-        ] {
-            let then = match write_port(port, &[value], &shared) {
-                Then::End(end) => format!("{end:?}"),
-                _ => String::new(),
-            };
-            assert_eq!(then, expected, "{value:#x} to port {port:#x}");
-        }
-        assert!(matches!(write_port(RESET, &[], &shared), Then::Nothing));
-        let mut nobody = [0; 4];
-        read_port(0x1234, &mut nobody, &shared);
-        assert_eq!(nobody, [0xff; 4]);
+    fn end(&self, end: End) {
+        self.gate.stop();
+        self.teller.end(end);
     }
 }

@@ -3,11 +3,13 @@
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
+use crate::layout::SERIAL_GSI;
 
 /// Where the guest's console goes.
 pub type ConsoleOutput = Box<dyn Write + Send>;
@@ -29,13 +31,32 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// The port, and what raises its interrupt.
-    pub(crate) fn new(output: ConsoleOutput) -> Result<(Self, EventFd), Error> {
-        let event = || EventFd::new(EFD_NONBLOCK).map_err(Error::Event);
-        let interrupt = event()?;
-        let line = interrupt.try_clone().map_err(Error::Event)?;
-        let serial = Mutex::new(Serial::new(Interrupt(interrupt), output));
-        Ok((Self { serial }, line))
+    /// What raises the port's interrupt in a VM.
+    pub(crate) fn line(vm: &VmFd) -> Result<EventFd, Error> {
+        let line = EventFd::new(EFD_NONBLOCK).map_err(Error::Event)?;
+        vm.register_irqfd(&line, SERIAL_GSI).map_err(Error::kvm("KVM_IRQFD"))?;
+        Ok(line)
+    }
+
+    /// The port as it is after a reset. `line` is what raises its interrupt.
+    pub(crate) fn new(line: EventFd, output: ConsoleOutput) -> Self {
+        Self { serial: Mutex::new(Serial::new(Interrupt(line), output)) }
+    }
+
+    /// The port as it was saved. It interrupts the guest again for what it has to tell it.
+    pub(crate) fn restored(
+        state: &SerialState,
+        line: EventFd,
+        output: ConsoleOutput,
+    ) -> Result<Self, Error> {
+        let serial = Serial::from_state(state, Interrupt(line), NoEvents, output);
+        let serial = serial.map_err(|error| Error::Serial(error.to_string()))?;
+        Ok(Self { serial: Mutex::new(serial) })
+    }
+
+    /// Its registers, and what was typed and not read.
+    pub(crate) fn state(&self) -> SerialState {
+        self.lock().state()
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Interrupt, NoEvents, ConsoleOutput>> {
