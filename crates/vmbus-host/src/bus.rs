@@ -271,11 +271,16 @@ impl HostBus {
         self.work();
     }
 
-    /// A device withdraws its offer.
-    pub(crate) fn revoke(&self, offer: OfferId) {
-        if !self.takes_back(offer) {
-            self.step(|host, effects| host.revoke(offer, effects));
+    /// A device withdraws its offer. Returns whether it was only taken back, on a bus that is being
+    /// restored: the offer waits for another device then, and this one has nothing more to say of it.
+    pub(crate) fn revoke(&self, offer: OfferId) -> bool {
+        if self.takes_back(offer) {
+            let device = self.lock().devices.remove(&offer);
+            drop(device); // foreign code, not under the lock
+            return true;
         }
+        self.step(|host, effects| host.revoke(offer, effects));
+        false
     }
 
     /// The device of an offer takes no further events. Its rings are gone, or going with it.

@@ -8,16 +8,16 @@ use vmbus_wire::status::NtStatus;
 use crate::bus::HostBus;
 use crate::offer::OfferId;
 
-/// Withdraws the offer when dropped, unless its channel has moved away.
+/// Withdraws the offer when dropped, unless its channel has moved away, or it was taken back.
 pub(crate) struct HostLink {
     bus: HostBus,
     offer: OfferId,
-    moved: AtomicBool,
+    has_let_go: AtomicBool,
 }
 
 impl HostLink {
     pub(crate) fn new(bus: HostBus, offer: OfferId) -> Self {
-        Self { bus, offer, moved: AtomicBool::new(false) }
+        Self { bus, offer, has_let_go: AtomicBool::new(false) }
     }
 }
 
@@ -31,11 +31,13 @@ impl ServerLink for HostLink {
     }
 
     fn revoke(&self) {
-        self.bus.revoke(self.offer);
+        if self.bus.revoke(self.offer) {
+            self.has_let_go.store(true, Ordering::Relaxed);
+        }
     }
 
     fn moved_away(&self) {
-        self.moved.store(true, Ordering::Relaxed);
+        self.has_let_go.store(true, Ordering::Relaxed);
         self.bus.forget_device(self.offer);
     }
 
@@ -51,7 +53,7 @@ impl ServerLink for HostLink {
 
 impl Drop for HostLink {
     fn drop(&mut self) {
-        if !self.moved.load(Ordering::Relaxed) {
+        if !self.has_let_go.load(Ordering::Relaxed) {
             self.bus.drop_device(self.offer);
         }
     }

@@ -375,16 +375,26 @@ fn other_offers_than_those_saved_are_refused_one_by_one() {
     assert_eq!(next.differ().missing, [key(2)]);
     let again = next.offer(2);
     drop(second); // of which the bus has known nothing for a while
-    assert_eq!(
-        next.differ().missing,
-        [key(2)],
-        "one device to an offer: the last to leave takes it"
-    );
-    let last = next.offer(2);
     next.bus.finish_restore().unwrap();
     assert_eq!(next.bus.usage().channels, 3);
     assert_eq!(next.messages(), NONE);
-    drop((first, third, again, last, fifth));
+    drop((first, third, again, fifth));
+}
+
+/// A device that takes its offer back, and is dropped, leaves the offer as it was.
+#[test]
+fn an_offer_that_was_taken_back_can_be_made_again() {
+    let (world, device) = World::connected(V5_3);
+    let _rings = world.open(&device, 1);
+    let next = world.restoring(&world.move_away());
+    let given_up = next.offer(1);
+    given_up.link.revoke();
+    drop(given_up);
+    let device = next.offer(1);
+    next.bus.finish_restore().unwrap();
+    assert_eq!(next.bus.usage().channels, 1);
+    assert_eq!(next.messages(), NONE);
+    drop(device);
 }
 
 #[test]
