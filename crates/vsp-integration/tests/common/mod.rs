@@ -36,7 +36,7 @@ const ROUNDS: usize = 64;
 pub(crate) struct Inline(Mutex<Vec<Channel>>);
 
 impl Inline {
-    fn process(&self) {
+    pub(crate) fn process(&self) {
         let channels = self.0.lock().unwrap().clone();
         for channel in channels {
             while channel.process(64).more {}
@@ -172,7 +172,11 @@ pub(crate) struct Guest {
 impl Guest {
     /// Opens the channel of `service` when the world goes on, with rings as Linux has them: three pages
     /// of data each way.
-    pub(crate) fn open(bus: &Arc<LoopbackBus>, service: Service, linux: Option<Linux>) -> Self {
+    pub(crate) fn open(
+        bus: &Arc<impl Bus + 'static>,
+        service: Service,
+        linux: Option<Linux>,
+    ) -> Self {
         let channel = Channel::allocate(Side::Client, Arc::clone(bus) as Arc<dyn Bus>);
         let (interface, instance) = (service.interface(), service.instance());
         channel.client_init_set_target_pnp(interface, Some(instance), None).unwrap();
