@@ -60,12 +60,8 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
-    /// Boot real guests on the VMM, in an emulated machine, and print what came of each scenario
-    Guest {
-        /// Every kernel, way and number of processors, not a selection
-        #[arg(long)]
-        all: bool,
-    },
+    /// Run real guests on the VMM, in an emulated machine where need be, and print what came of each scenario
+    Guest(guest::Arguments),
     /// Run the C interface's conformance programs and print the rows passed for each function
     Conformance,
     /// Install the C interface: headers, libraries, pkg-config file
@@ -94,8 +90,8 @@ fn main() -> ExitCode {
             .and_then(|workspace| bench::run(&workspace, &package, save.as_deref())),
         Command::Fuzz { target, time, keep } => Workspace::load()
             .and_then(|workspace| fuzz::fuzz(&workspace, target.as_deref(), time, keep)),
-        Command::Guest { all } => {
-            Workspace::load().and_then(|workspace| guest::run(&workspace, all))
+        Command::Guest(arguments) => {
+            Workspace::load().and_then(|workspace| guest::run(&workspace, &arguments))
         }
         Command::Conformance => {
             Workspace::load().and_then(|workspace| conformance::run_all(&workspace))

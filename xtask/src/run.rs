@@ -21,6 +21,9 @@ pub(crate) enum Failure {
     /// The program did not end in time, and was killed.
     #[error("`{command}` still ran after {limit_s} s and was killed")]
     TimeLimit { command: String, limit_s: u64 },
+    /// The program has said nothing for too long, and was killed.
+    #[error("`{command}` said nothing for {silence_s} s and was killed")]
+    Silence { command: String, silence_s: u64 },
     /// Something that is needed is not there, and cannot be installed from here.
     #[error("{what} is missing: {remedy}")]
     Missing { what: &'static str, remedy: String },
@@ -63,6 +66,36 @@ pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<(), F
     match wait_within(&mut child, limit).map_err(|source| start_failure(command, source))? {
         Some(status) => judge(command, status),
         None => Err(Failure::TimeLimit { command: shown(command), limit_s: limit.as_secs() }),
+    }
+}
+
+/// As [`run`], and kills the program when `look`, called often, has not seen anything new for `silence`.
+pub(crate) fn run_watched(
+    command: &mut Command,
+    silence: Duration,
+    look: &mut dyn FnMut() -> bool,
+) -> Result<(), Failure> {
+    const LOOK_EVERY: Duration = Duration::from_millis(200);
+    let mut child = command.spawn().map_err(|source| start_failure(command, source))?;
+    let mut heard = Instant::now();
+    loop {
+        let ended = child.try_wait().map_err(|source| start_failure(command, source))?;
+        // Behind the question whether it has ended: what was said last is seen too.
+        let said = look();
+        if let Some(status) = ended {
+            return judge(command, status);
+        }
+        if said {
+            heard = Instant::now();
+        } else if heard.elapsed() >= silence {
+            child
+                .kill()
+                .and_then(|()| child.wait())
+                .map_err(|source| start_failure(command, source))?;
+            let silence_s = silence.as_secs();
+            return Err(Failure::Silence { command: shown(command), silence_s });
+        }
+        sleep(LOOK_EVERY);
     }
 }
 
@@ -162,6 +195,24 @@ mod tests {
             run_within(&mut shell("exec sleep 600"), Duration::ZERO),
             Err(Failure::TimeLimit { limit_s: 0, .. })
         ));
+    }
+
+    #[test]
+    fn a_program_is_watched_while_it_says_something() {
+        let mut looks = 0;
+        let ended = run_watched(&mut shell("exec sleep 600"), Duration::ZERO, &mut || {
+            looks += 1;
+            looks < 3
+        });
+        assert!(matches!(ended, Err(Failure::Silence { .. })));
+        assert_eq!(looks, 3);
+        let mut looked = false;
+        let long = Duration::from_secs(600);
+        let ended = run_watched(&mut shell("exit 3"), long, &mut || {
+            looked = true;
+            false
+        });
+        assert!(looked && matches!(ended, Err(Failure::Status { .. })));
     }
 
     #[test]

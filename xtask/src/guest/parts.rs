@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::stories::KERNELS;
 use crate::run::{Failure, output_of, run, say};
 use crate::test;
 use crate::workspace::Workspace;
 
 /// Programs that are run here or put into a guest, and their packages.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 8] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("cpio", "cpio"),
@@ -16,12 +17,11 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("xz", "xz-utils"),
     ("fio", "fio"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("socat", "socat"),
 ];
 
 /// A kernel package, unpacked.
 pub(super) struct Kernel {
-    /// What the table calls it.
-    pub(super) name: &'static str,
     pub(super) image: PathBuf,
     /// The folder with its modules.
     pub(super) modules: PathBuf,
@@ -33,14 +33,16 @@ pub(super) struct Parts {
     pub(super) folder: PathBuf,
     /// The kernel that runs KVM.
     pub(super) outer: Kernel,
-    /// The kernels that are guests.
-    pub(super) guests: Vec<Kernel>,
-    /// The program that boots a guest, linked statically.
-    pub(super) vmm: PathBuf,
+    /// The kernels that are guests, those of [`KERNELS`].
+    pub(super) guests: [Kernel; KERNELS.len()],
+    /// The program that runs guests, linked statically.
+    pub(super) kmcl: PathBuf,
+    /// What makes a hostile guest, the same.
+    pub(super) hostile: Option<PathBuf>,
 }
 
 impl Parts {
-    pub(super) fn get(workspace: &Workspace) -> Result<Self, Failure> {
+    pub(super) fn get(workspace: &Workspace, program: Option<&Path>) -> Result<Self, Failure> {
         test::install_packages(&PROGRAMS)?;
         let folder = workspace.target_directory().join("guest");
         std::fs::create_dir_all(&folder)
@@ -48,9 +50,13 @@ impl Parts {
         let old = newest("linux-image-amd64", "linux-image-6.1.")?;
         let new = newest("linux-image-6.12-cloud-amd64", "linux-image-6.12.")?;
         Ok(Self {
-            outer: kernel(&folder, &old, "6.1")?,
-            guests: vec![kernel(&folder, &new, "6.12 cloud")?, kernel(&folder, &old, "6.1")?],
-            vmm: build_vmm(workspace)?,
+            outer: kernel(&folder, &old)?,
+            guests: [kernel(&folder, &new)?, kernel(&folder, &old)?],
+            kmcl: match program {
+                Some(program) => program.to_owned(),
+                None => build(workspace, ["-p", "kmcl-cli"], "kmcl")?,
+            },
+            hostile: None,
             folder,
         })
     }
@@ -69,7 +75,7 @@ fn newest(meta: &str, prefix: &str) -> Result<String, Failure> {
 }
 
 /// Downloads a kernel package and unpacks it, once. Nothing is installed.
-fn kernel(folder: &Path, package: &str, name: &'static str) -> Result<Kernel, Failure> {
+fn kernel(folder: &Path, package: &str) -> Result<Kernel, Failure> {
     let unpacked = folder.join(package);
     if !unpacked.is_dir() {
         say(&format!("downloading {package}"));
@@ -86,7 +92,6 @@ fn kernel(folder: &Path, package: &str, name: &'static str) -> Result<Kernel, Fa
         let _kept_for_nothing = std::fs::remove_file(archive);
     }
     Ok(Kernel {
-        name,
         image: find(&unpacked.join("boot"), |name| name.starts_with("vmlinuz"))?,
         modules: find(&unpacked.join("lib/modules"), |_| true)?,
     })
@@ -108,10 +113,10 @@ pub(super) fn find(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<PathB
     Err(failed(std::io::ErrorKind::NotFound.into()))
 }
 
-fn build_vmm(workspace: &Workspace) -> Result<PathBuf, Failure> {
+/// Builds a program of ours, linked statically: the emulated machine has no libraries for it.
+fn build(workspace: &Workspace, what: [&str; 2], program: &str) -> Result<PathBuf, Failure> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let mut cargo = workspace.cargo(["build", "--release", "-p", "kmcl-vmm", "--example", "boot"]);
-    // Linked statically: the outer machine has no libraries.
-    run(cargo.args(["--target", TARGET]).env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
-    Ok(workspace.target_directory().join(TARGET).join("release/examples/boot"))
+    let mut cargo = workspace.cargo(["build", "--release", "--target", TARGET]);
+    run(cargo.args(what).env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
+    Ok(workspace.target_directory().join(TARGET).join("release").join(program))
 }
