@@ -50,6 +50,47 @@ VOID KmclClose(_In_ HANDLE Handle);
 NTSTATUS KmclDeviceCreate(_In_opt_ KMCL_BUS Bus, _In_opt_ KMCL_WORKER Worker, _Out_ PDEVICE_OBJECT *Device);
 VOID KmclDeviceDelete(_In_ PDEVICE_OBJECT Device);
 
+/* ---- A bus whose guest is another process ------------------------------------------------------ */
+
+/* Serves one guest after another at a Unix socket, on which only this user may connect; a socket whose server
+ * is gone is replaced. The worker drives it. STATUS_OBJECT_NAME_COLLISION: somebody serves there.
+ * STATUS_INVALID_PARAMETER_1: not a path for a socket. */
+NTSTATUS KmclUnixBusCreate(_In_ const char *SocketPath, _In_ KMCL_WORKER Worker, _Out_ KMCL_BUS *Bus);
+
+/* A save: hold the bus, freeze its channels and wait for them, save; then either release the bus and thaw the
+ * channels, or move away the channels and then the bus. None of it in callbacks.
+ *
+ * Hold: nothing is taken from the guest and nothing is given to it. Release: what was saved is void.
+ * MoveAway: the guest, which is told nothing, goes on with whoever restores the state; the bus is over.
+ * STATUS_INVALID_DEVICE_STATE where the bus is not in the state for it. */
+NTSTATUS KmclUnixBusHold(_In_ KMCL_BUS Bus);
+VOID KmclUnixBusRelease(_In_ KMCL_BUS Bus);
+NTSTATUS KmclUnixBusMoveAway(_In_ KMCL_BUS Bus);
+
+/* Writes the connection, the bus, up to 1 MiB of the driver's own, and each of the Count channels, all of them
+ * frozen, to a file that is there as a whole or not at all. Any other status than STATUS_SUCCESS: nothing has
+ * changed, and the bus is still held. */
+NTSTATUS KmclUnixBusSave(_In_ KMCL_BUS Bus, _In_reads_(Count) const VMBCHANNEL *Channels, _In_ UINT32 Count,
+                         _In_reads_bytes_(DeviceStateSize) const void *DeviceState,
+                         _In_ UINT32 DeviceStateSize, _In_ const char *StatePath);
+
+/* A restore: make the bus out of the file, make and enable the channels as they were, restore each of them, in
+ * the order of the save, finish, and start them. The server that was saved must be gone.
+ * STATUS_INVALID_PARAMETER_2: the file is damaged, or none. */
+NTSTATUS KmclUnixBusRestore(_In_ const char *SocketPath, _In_ const char *StatePath, _In_ KMCL_WORKER Worker,
+                            _Out_ KMCL_BUS *Bus);
+/* The driver's own part of the state. STATUS_BUFFER_TOO_SMALL: *Needed says what it takes. */
+NTSTATUS KmclUnixBusGetDeviceState(_In_ KMCL_BUS Bus, _Out_writes_bytes_(Size) PVOID Buffer, _In_ UINT32 Size,
+                                   _Out_ PUINT32 Needed);
+/* The statuses of VmbChannelRestoreFromBuffer; STATUS_ALREADY_COMMITTED: that one is restored. */
+NTSTATUS KmclUnixBusRestoreChannel(_In_ KMCL_BUS Bus, _In_ UINT32 Index, _In_ VMBCHANNEL Channel);
+/* Waits for the guest. STATUS_IO_TIMEOUT: it has not come back yet; STATUS_DEVICE_NOT_READY: not all channels
+ * are restored. */
+NTSTATUS KmclUnixBusFinishRestore(_In_ KMCL_BUS Bus, _In_ UINT32 Milliseconds);
+/* From EvtVmbChannelOpened on: whether the channel was open before a restore, and its client knows of nothing
+ * else. */
+BOOLEAN KmclChannelIsResumed(_In_ VMBCHANNEL Channel);
+
 /* ---- Memory ------------------------------------------------------------------------------------ */
 
 /* Pages of a client's memory, which the server can reach: for external data and GPADLs. The channel must be

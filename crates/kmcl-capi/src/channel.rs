@@ -442,3 +442,10 @@ pub extern "C" fn KmclChannelIncomingOutstanding(channel: VmbChannel) -> u32 {
     const NAME: &str = "KmclChannelIncomingOutstanding";
     guarded(NAME, 0, || named(NAME, channel).map_or(0, |it| it.channel.incoming_outstanding()))
 }
+
+/// See `kmcl.h`.
+#[unsafe(no_mangle)]
+pub extern "C" fn KmclChannelIsResumed(channel: VmbChannel) -> u8 {
+    const NAME: &str = "KmclChannelIsResumed";
+    guarded(NAME, 0, || named(NAME, channel).map_or(0, |it| u8::from(it.channel.is_resumed())))
+}

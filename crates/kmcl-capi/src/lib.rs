@@ -9,6 +9,7 @@
 //! | memory: MDLs, GPADLs, pages | [`mdl`], [`gpadl`], [`pages`] |
 //! | save and restore, freezing | [`save`], [`frozen`] |
 //! | buses, workers, devices | [`system`] |
+//! | a bus for a guest in another process, saved and restored | [`unix_bus`] |
 //!
 //! Three things happen here and nowhere else:
 //!
@@ -41,4 +42,5 @@ pub mod synchronous;
 pub mod system;
 pub mod tables;
 pub mod types;
+pub mod unix_bus;
 pub mod verifier;

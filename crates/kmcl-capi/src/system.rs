@@ -12,12 +12,15 @@ use kmcl_worker::Worker;
 use crate::boundary::{self, guarded};
 use crate::handle::{Content, Found, Handle, Kind, Table};
 use crate::types::{DeviceObject, KmclBus, KmclWorker, Status};
+use crate::unix_bus::UnixBus;
 use crate::verifier::violation;
 
 /// What a handle of this module names.
 #[derive(Clone)]
 enum Object {
     Bus(Arc<dyn Bus>),
+    /// One at a socket; a bus like any other for channels.
+    UnixBus(Arc<UnixBus>),
     Worker(Arc<Worker>),
     Device(Arc<Device>),
 }
@@ -67,6 +70,22 @@ pub(crate) fn device(device: DeviceObject) -> Option<Arc<Device>> {
 pub(crate) fn bus(handle: *mut c_void) -> Option<Arc<dyn Bus>> {
     match find(Handle::from_pointer(handle)) {
         Some(Object::Bus(bus)) => Some(bus),
+        Some(Object::UnixBus(unix)) => Some(Arc::clone(&unix.bus)),
+        _ => None,
+    }
+}
+
+/// The bus at a socket that a handle names.
+pub(crate) fn unix_bus(handle: KmclBus) -> Option<Arc<UnixBus>> {
+    match find(Handle::from_pointer(handle)) {
+        Some(Object::UnixBus(bus)) => Some(bus),
+        _ => None,
+    }
+}
+
+pub(crate) fn worker(handle: KmclWorker) -> Option<Arc<Worker>> {
+    match find(Handle::from_pointer(handle)) {
+        Some(Object::Worker(worker)) => Some(worker),
         _ => None,
     }
 }
@@ -117,6 +136,15 @@ unsafe fn hand_out<T>(object: Object, out: *mut *mut T) -> NtStatus {
         }
         Err(status) => status,
     }
+}
+
+/// Registers a bus at a socket and writes its handle to `*out`.
+///
+/// # Safety
+/// `out` can be written.
+pub(crate) unsafe fn hand_out_unix_bus(bus: UnixBus, out: *mut KmclBus) -> NtStatus {
+    // SAFETY: the caller's promise.
+    unsafe { hand_out(Object::UnixBus(Arc::new(bus)), out) }
 }
 
 /// See `kmcl.h`.
@@ -178,10 +206,7 @@ pub unsafe extern "C" fn KmclDeviceCreate(
 ) -> Status {
     boundary::status("KmclDeviceCreate", || {
         let found_bus = self::bus(bus.cast());
-        let found_worker = match find(Handle::from_pointer(worker)) {
-            Some(Object::Worker(worker)) => Some(worker),
-            _ => None,
-        };
+        let found_worker = self::worker(worker);
         if !bus.is_null() && found_bus.is_none() {
             return NtStatus::invalid_parameter(1);
         }
@@ -212,7 +237,9 @@ pub extern "C" fn KmclDeviceDelete(device: DeviceObject) {
 pub extern "C" fn KmclClose(handle: *mut c_void) {
     const NAME: &str = "KmclClose";
     guarded(NAME, (), || match find(Handle::from_pointer(handle)) {
-        Some(Object::Bus(_) | Object::Worker(_)) => drop(let_go(Handle::from_pointer(handle))),
+        Some(Object::Bus(_) | Object::UnixBus(_) | Object::Worker(_)) => {
+            drop(let_go(Handle::from_pointer(handle)))
+        }
         _ => violation(NAME, "Handle", "names no bus and no worker"),
     });
 }

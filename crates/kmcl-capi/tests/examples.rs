@@ -16,7 +16,8 @@ fn every_example_runs() {
         ("save_loop", "8 acknowledged after the restore"),
     ];
     let found = sources("examples/c");
-    assert_eq!(found.len(), expected.len(), "an example without a row here");
+    // The storage VSP has a test of its own: it needs a guest.
+    assert_eq!(found.len(), expected.len() + 1, "an example without a row here");
     for (name, says) in expected {
         let source = found.iter().find(|path| path.ends_with(format!("{name}.c"))).unwrap();
         let program = folder.path().join(name);
