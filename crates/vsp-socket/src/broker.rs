@@ -79,6 +79,8 @@ struct Turn {
     listener: Option<Listener>,
     /// The poller was asked for programs that connect.
     is_listening: bool,
+    /// Programs that connect wait until the next tick: there was no descriptor for one.
+    listener_rests: bool,
     /// Programs that have not said yet where they want to be connected.
     programs: BTreeMap<u64, Program>,
     /// The guest's requests to programs that are busy, oldest first.
@@ -97,6 +99,14 @@ struct Entry {
     connection: Arc<Connection>,
     /// Gone when the guest has closed it and bytes for the program are left.
     channel: Option<Channel>,
+}
+
+impl Entry {
+    /// Whether an offer of these names stands.
+    fn has_offered(&self, names: Names) -> bool {
+        let Names { service, endpoint, .. } = self.connection.names;
+        self.channel.is_some() && (service, endpoint) == (names.service, names.endpoint)
+    }
 }
 
 /// How many there are.
@@ -173,6 +183,7 @@ impl SocketBroker {
         for token in overdue {
             turn.withdraw(core, token);
         }
+        turn.listener_rests = false;
         turn.listen(core);
     }
 
@@ -229,6 +240,7 @@ impl Core {
         let turn = Turn {
             listener: Some(listener),
             is_listening: false,
+            listener_rests: false,
             programs: BTreeMap::new(),
             queued: VecDeque::new(),
             connections: BTreeMap::new(),
@@ -337,6 +349,7 @@ impl Turn {
     /// Asks for programs that connect, if there is room for one: until then they wait in their queue.
     fn listen(&mut self, core: &Core) {
         if !self.is_listening
+            && !self.listener_rests
             && self.has_room(core)
             && let Some(listener) = &self.listener
         {

@@ -211,8 +211,8 @@ impl Connection {
         if self.names.from_host {
             let line = greeting::answer(self.names.endpoint.data1());
             // The first bytes of a stream always fit, unless the program is gone.
-            if send(&self.socket, line.as_bytes()) != Ok(line.len()) {
-                self.program_is_gone(&mut state);
+            if let Err(error) = send(&self.socket, line.as_bytes()) {
+                self.program_is_gone(&mut state, error);
             }
         }
         self.ask(&mut state);
@@ -220,7 +220,8 @@ impl Connection {
     }
 
     /// The program takes nothing any more. The guest may read what it was sent, and is then reset.
-    fn program_is_gone(&self, state: &mut State) {
+    fn program_is_gone(&self, state: &mut State, error: Errno) {
+        tracing::debug!(%error, "a program of the host is gone");
         state.program_is_deaf = true;
         if state.phase == Phase::Open && state.limit.is_none() {
             state.limit = Some(Limit::of(RESET_DELAY));
@@ -278,7 +279,7 @@ impl StateChange for Callbacks {
 impl ProcessPacket for Callbacks {
     fn process_packet(&self, _: &Channel, packet: IncomingPacket) {
         match self.0.upgrade() {
-            Some(connection) => connection.from_guest(packet),
+            Some(connection) => connection.guest_sends(packet),
             None => packet.complete(&[]),
         }
     }

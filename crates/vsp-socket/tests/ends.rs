@@ -20,7 +20,7 @@ fn each_direction_ends_by_itself() {
     for guest_first in [true, false] {
         let mut world = World::new();
         let listener = world.listener(52);
-        let (mut socket, mut program) = world.from_guest(&listener, 52);
+        let (mut socket, mut program) = world.guest_connects(&listener, 52);
         if guest_first {
             assert_eq!(socket.send(b"last words"), 10);
             socket.finish();
@@ -62,7 +62,7 @@ fn each_direction_ends_by_itself() {
 fn an_end_does_not_overtake_bytes() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let bytes = stream(1 << 20, 9);
     let mut sent = 0;
     loop {
@@ -116,7 +116,7 @@ fn bytes_in_front_of_a_close_arrive() {
     for (size, finishes) in [(0, true), (5, true), (15_000, true), (15_000, false)] {
         let mut world = World::new();
         let listener = world.listener(52);
-        let (mut socket, mut program) = world.from_guest(&listener, 52);
+        let (mut socket, mut program) = world.guest_connects(&listener, 52);
         let bytes = stream(size, 1);
         assert_eq!(socket.send(&bytes), size);
         if finishes {
@@ -142,7 +142,7 @@ fn bytes_in_front_of_a_close_arrive() {
 fn a_slow_program_gets_what_was_left_when_the_guest_closed() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let bytes = stream(2 << 20, 2);
     let mut sent = 0;
     loop {
@@ -179,7 +179,7 @@ fn a_slow_program_gets_what_was_left_when_the_guest_closed() {
 fn a_program_that_dies_is_an_end_for_the_guest() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     assert_eq!(write_some(&mut program, b"farewell"), 8);
     drop(program);
     world.settle();
@@ -258,7 +258,7 @@ fn a_program_that_does_not_wait_is_an_end_too() {
 fn a_guest_that_is_reset_leaves_nothing() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (socket, mut program) = world.from_guest(&listener, 52);
+    let (socket, mut program) = world.guest_connects(&listener, 52);
     let mut waits = world.program(b"CONNECT 9\n");
     world.bus.guest_reset();
     world.settle();
@@ -277,7 +277,7 @@ fn a_guest_that_is_reset_leaves_nothing() {
 fn without_a_broker_there_is_nothing() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (socket, mut program) = world.from_guest(&listener, 52);
+    let (socket, mut program) = world.guest_connects(&listener, 52);
     let mut waits = world.program(b"CONNECT 9\n");
     let mut asks = world.program(b"CON");
     world.ask(52);

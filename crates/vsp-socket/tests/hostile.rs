@@ -180,7 +180,7 @@ fn a_flood_of_requests_is_bounded() {
 fn names_are_used_once_at_a_time() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let (service, endpoint, _) = world.offers()[0];
     let again = |world: &World| {
         let (endpoint, service) = (service_of_port(endpoint), service_of_port(service));
@@ -189,9 +189,7 @@ fn names_are_used_once_at_a_time() {
     };
     again(&world);
     assert_eq!(world.counts(), (1, 0, 0, 0));
-    let (mut refused, _) = listener.accept().unwrap();
-    refused.set_nonblocking(true).unwrap();
-    assert_eq!(read_some(&mut refused), Got::End);
+    assert!(listener.accept().is_err(), "the program is not bothered");
     assert_eq!(socket.send(b"mine"), 4);
     world.settle();
     assert_eq!(read_some(&mut program), Got::Bytes(b"mine".to_vec()));
@@ -256,8 +254,8 @@ fn a_guest_that_lies_ends_its_own_connection() {
     for (what, lie) in lies {
         let mut world = World::new();
         let listener = world.listener(52);
-        let (mut honest, mut other) = world.from_guest(&listener, 52);
-        let (mut socket, mut program) = world.from_guest(&listener, 52);
+        let (mut honest, mut other) = world.guest_connects(&listener, 52);
+        let (mut socket, mut program) = world.guest_connects(&listener, 52);
         assert_eq!(socket.send(b"truth"), 5);
         world.settle();
         lie(&mut socket);
@@ -280,7 +278,7 @@ fn a_guest_that_lies_ends_its_own_connection() {
 fn a_lie_in_front_of_a_close_ends_the_stream() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     assert!(socket.packet(1, b"truth"));
     socket.raw(PacketKind::InBand, &[1, 0, 0, 0, 0xff, 0xff, 0, 0], &[7; 16]).unwrap();
     assert!(socket.packet(1, b"behind"));
@@ -354,7 +352,7 @@ fn programs_and_guests_that_stall_do_not_stop_others() {
     let listener = world.listener(52);
     let mut stalled = Vec::new();
     for _ in 0..20 {
-        let (mut socket, mut program) = world.from_guest(&listener, 52);
+        let (mut socket, mut program) = world.guest_connects(&listener, 52);
         let bytes = stream(1 << 20, 1);
         while socket.send(&bytes) != 0 {
             world.settle();
@@ -364,7 +362,7 @@ fn programs_and_guests_that_stall_do_not_stop_others() {
         }
         stalled.push((socket, program));
     }
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     for round in 0..100_u8 {
         assert_eq!(socket.send(&[round; 100]), 100);
         world.settle();
@@ -377,4 +375,40 @@ fn programs_and_guests_that_stall_do_not_stop_others() {
     socket.close();
     drop(program);
     world.assert_nothing_left();
+}
+
+/// No descriptor is left: programs wait, the guest is refused, and nobody is busy with it.
+#[test]
+fn without_descriptors_connections_wait_or_are_refused() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let mut world = World::new();
+    let listener = world.listener(52);
+    let mut program = std::os::unix::net::UnixStream::connect(world.path()).unwrap();
+    program.set_nonblocking(true).unwrap();
+    assert_eq!(write_some(&mut program, b"CONNECT 9\n"), 10);
+    let before = getrlimit(Resource::Nofile);
+    let next = rustix::io::dup(&program).unwrap();
+    let lowest = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&next)).unwrap();
+    drop(next);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(lowest), ..before }).unwrap();
+    world.ask(52);
+    world.settle();
+    let is_busy = {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(world.broker(), PollFlags::IN)], Some(&now)).unwrap()
+    };
+    let counts = world.counts();
+    world.tick(0);
+    let still = world.counts();
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert_eq!(is_busy, 0, "it would be called again and again");
+    assert_eq!((counts, still), ((0, 0, 0, 0), (0, 0, 0, 0)));
+    assert_eq!(world.bus.usage().hvsock_requests, 0, "refused");
+    assert!(listener.accept().is_err());
+    world.tick(100);
+    let (service, endpoint, _) = world.offers()[0];
+    let _socket = world.open(service, endpoint);
+    assert!(matches!(read_some(&mut program), Got::Bytes(_)));
 }

@@ -38,7 +38,7 @@ fn thousands_one_after_the_other_leave_nothing() {
         match round % 6 {
             0 => {
                 // The guest closes first.
-                let (mut socket, mut program) = world.from_guest(&listener, 52);
+                let (mut socket, mut program) = world.guest_connects(&listener, 52);
                 let sent = socket.send(&bytes);
                 socket.finish();
                 socket.close();
@@ -47,7 +47,7 @@ fn thousands_one_after_the_other_leave_nothing() {
             }
             1 => {
                 // The program closes first.
-                let (mut socket, mut program) = world.from_host(1024);
+                let (mut socket, mut program) = world.host_connects(1024);
                 write_some(&mut program, &bytes);
                 drop(program);
                 world.settle();
@@ -74,7 +74,7 @@ fn thousands_one_after_the_other_leave_nothing() {
             }
             _ => {
                 // In the middle of everything.
-                let (mut socket, mut program) = world.from_guest(&listener, 52);
+                let (mut socket, mut program) = world.guest_connects(&listener, 52);
                 socket.send(&bytes);
                 write_some(&mut program, &bytes);
                 drop(program);

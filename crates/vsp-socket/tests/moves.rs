@@ -23,7 +23,7 @@ use vsp_socket::{AdoptedSockets, FreezeError, SocketBroker, SocketConfig, Socket
 fn after_a_thaw_everything_goes_on() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let (to_program, to_guest) = (stream(1 << 20, 1), stream(1 << 20, 2));
     let (mut sent, mut got) = ((0, 0), (Vec::new(), Vec::new()));
     for _ in 0..40 {
@@ -94,7 +94,7 @@ fn after_a_thaw_everything_goes_on() {
 fn a_close_waits_for_the_thaw() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let frozen = world.broker().freeze().unwrap();
     assert_eq!(socket.send(b"last words"), 10);
     socket.finish();
@@ -114,8 +114,8 @@ fn a_close_waits_for_the_thaw() {
 fn where_the_guest_goes_on_its_connections_are_reset() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
-    let (mut second, mut other) = world.from_host(1024);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
+    let (mut second, mut other) = world.host_connects(1024);
     let bytes = stream(1 << 20, 1);
     while socket.send(&bytes) != 0 {
         world.settle();
@@ -160,7 +160,7 @@ fn where_the_guest_goes_on_its_connections_are_reset() {
     drop(early);
     world.settle();
     world.assert_nothing_left();
-    let (mut socket, mut program) = world.from_host(1024);
+    let (mut socket, mut program) = world.host_connects(1024);
     let port = world.offers()[0].1;
     assert!(port > last_port, "a port of the former life is not used again at once");
     assert_eq!(socket.send(b"hello"), 5);
@@ -175,7 +175,7 @@ fn where_the_guest_goes_on_its_connections_are_reset() {
 fn connections_are_withdrawn_where_there_are_no_sockets() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (socket, _program) = world.from_guest(&listener, 52);
+    let (socket, _program) = world.guest_connects(&listener, 52);
     let frozen = world.broker().freeze().unwrap();
     let (bus, sockets) = world.save(&frozen);
     frozen.move_away();
@@ -195,7 +195,7 @@ fn connections_are_withdrawn_where_there_are_no_sockets() {
 fn a_restore_that_is_given_up_changes_nothing() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (socket, _program) = world.from_guest(&listener, 52);
+    let (socket, _program) = world.guest_connects(&listener, 52);
     let frozen = world.broker().freeze().unwrap();
     let (bus, sockets) = world.save(&frozen);
     frozen.move_away();

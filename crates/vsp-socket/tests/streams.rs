@@ -56,8 +56,8 @@ fn a_guest_and_a_program_talk_whoever_has_connected() {
         let mut world = World::new();
         let listener = world.listener(52);
         let (mut socket, mut program) = match from_host {
-            false => world.from_guest(&listener, 52),
-            true => world.from_host(1024),
+            false => world.guest_connects(&listener, 52),
+            true => world.host_connects(1024),
         };
         assert_eq!(world.counts(), (1, 0, 0, 0));
         for (at, size) in SIZES.into_iter().enumerate() {
@@ -100,7 +100,7 @@ fn a_greeting_comes_in_pieces() {
 fn a_slow_program_fills_the_guests_ring_and_nothing_else() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let bytes = stream(4 << 20, 3);
     let mut sent = 0;
     loop {
@@ -135,7 +135,7 @@ fn a_slow_program_fills_the_guests_ring_and_nothing_else() {
 fn a_slow_guest_fills_the_programs_socket_and_nothing_else() {
     let mut world = World::new();
     let listener = world.listener(52);
-    let (mut socket, mut program) = world.from_guest(&listener, 52);
+    let (mut socket, mut program) = world.guest_connects(&listener, 52);
     let bytes = stream(4 << 20, 5);
     let mut sent = 0;
     loop {
@@ -196,8 +196,8 @@ fn a_hundred_connections_at_once() {
     let mut pairs = Vec::new();
     for at in 0..100_u8 {
         pairs.push(match at % 2 {
-            0 => world.from_guest(&listener, 52),
-            _ => world.from_host(1024),
+            0 => world.guest_connects(&listener, 52),
+            _ => world.host_connects(1024),
         });
     }
     assert_eq!(world.counts(), (100, 0, 0, 0));

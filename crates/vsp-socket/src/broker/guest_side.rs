@@ -47,6 +47,17 @@ impl Turn {
             queued.request.refuse(NtStatus::INSUFFICIENT_RESOURCES);
             return None;
         }
+        // As the bus would, but it counts that as our mistake.
+        let names = Names {
+            service: queued.request.service_id(),
+            endpoint: queued.request.endpoint_id(),
+            from_host: false,
+        };
+        if self.connections.values().any(|entry| entry.has_offered(names)) {
+            tracing::debug!(port, "a guest asks for a connection that it has");
+            queued.request.refuse(NtStatus::CONNECTION_REFUSED);
+            return None;
+        }
         let socket = match connect_to(&path_of_port(&core.config.path, port)) {
             Connected::To(socket) => socket,
             Connected::Busy => return Some(queued),
@@ -68,11 +79,6 @@ impl Turn {
             request.refuse(NtStatus::INSUFFICIENT_RESOURCES);
             return None;
         }
-        let names = Names {
-            service: request.service_id(),
-            endpoint: request.endpoint_id(),
-            from_host: false,
-        };
         let (poller, inbox) = (core.poller.clone(), core.inbox.clone());
         let connection = Connection::new(token, names, socket, poller, inbox);
         match core.offer(&connection) {

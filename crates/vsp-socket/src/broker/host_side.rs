@@ -84,8 +84,8 @@ impl Turn {
                 Ok(Some(socket)) => socket,
                 Ok(None) => break,
                 Err(error) => {
-                    // Out of descriptors: the next tick asks again.
                     tracing::debug!(%error, "programs of the host cannot be accepted");
+                    self.listener_rests = true;
                     return;
                 }
             };

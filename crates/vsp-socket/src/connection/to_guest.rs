@@ -25,8 +25,7 @@ impl Connection {
                     break;
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "a program of the host is gone");
-                    self.program_is_gone(&mut self.state());
+                    self.program_is_gone(&mut self.state(), error);
                     0
                 }
             };

@@ -36,49 +36,66 @@ impl Piece {
 
 impl State {
     /// Writes what waits, as far as it fits. What was done with goes to `done`, to be completed without the
-    /// lock. `false` if the program takes nothing any more.
-    fn write(&mut self, socket: &OwnedFd, done: &mut Vec<Piece>) -> bool {
+    /// lock.
+    fn write(&mut self, socket: &OwnedFd, done: &mut Vec<Piece>) -> Result<(), Errno> {
         while let Some(bytes) = self.backlog.next() {
             match send(socket, bytes) {
                 Ok(written) => done.extend(self.backlog.wrote(written)),
-                Err(Errno::AGAIN) => return true,
+                Err(Errno::AGAIN) => break,
                 Err(error) => {
-                    tracing::debug!(%error, "a program of the host takes no more from the guest");
                     done.extend(self.backlog.clear());
-                    return false;
+                    return Err(error);
                 }
             }
         }
-        true
+        Ok(())
     }
 }
 
 impl Connection {
     /// A packet of the guest.
-    pub(super) fn from_guest(&self, packet: IncomingPacket) {
-        let mut done = Vec::new();
-        {
-            let mut state = self.state();
-            if state.guest_has_finished {
-                // Its end was its last packet.
-                tracing::debug!("a guest sends more after it has finished");
-                self.report(&mut state);
-            }
-            if state.phase != Phase::Open || state.guest_has_finished || state.program_is_deaf {
-                // For nobody; but an end is an end.
-                state.guest_has_finished |= packet.payload().is_empty();
-                done.push(Piece::Held(packet));
-            } else if let Some(end) = state.backlog.push(Piece::Held(packet)) {
-                state.guest_has_finished = true;
-                done.push(end);
-                self.finish_if_written(&mut state);
-            } else if state.asked.contains(rustix::event::epoll::EventFlags::OUT) {
-                // The program is slow, and the poller will tell.
-            } else {
-                self.write_on(&mut state, &mut done);
+    pub(super) fn guest_sends(&self, packet: IncomingPacket) {
+        let done = self.take(&mut self.state(), packet);
+        if let Some(packet) = done {
+            packet.complete(&[]);
+        }
+    }
+
+    /// Writes what the packet has. It comes back if it is done with.
+    fn take(&self, state: &mut State, packet: IncomingPacket) -> Option<IncomingPacket> {
+        if state.guest_has_finished {
+            // Its end was its last packet.
+            tracing::debug!("a guest sends more after it has finished");
+            self.report(state);
+            return Some(packet);
+        }
+        let bytes = packet.payload();
+        if bytes.is_empty() {
+            state.guest_has_finished = true;
+            self.finish_if_written(state);
+            return Some(packet);
+        }
+        if state.phase != Phase::Open || state.program_is_deaf {
+            return Some(packet);
+        }
+        let mut written = 0;
+        if state.backlog.is_empty() {
+            match send(&self.socket, bytes) {
+                Ok(all) if all == bytes.len() => return Some(packet),
+                Ok(part) => written = part,
+                Err(Errno::AGAIN) => {}
+                Err(error) => {
+                    self.program_is_gone(state, error);
+                    return Some(packet);
+                }
             }
         }
-        done.into_iter().for_each(Piece::complete);
+        state.backlog.push(Piece::Held(packet));
+        if written != 0 {
+            state.backlog.wrote(written);
+        }
+        self.ask(state);
+        None
     }
 
     /// The program can take more.
@@ -89,8 +106,8 @@ impl Connection {
     }
 
     fn write_on(&self, state: &mut State, done: &mut Vec<Piece>) {
-        if !state.write(&self.socket, done) {
-            self.program_is_gone(state);
+        if let Err(error) = state.write(&self.socket, done) {
+            self.program_is_gone(state, error);
         }
         self.finish_if_written(state);
         self.ask(state);

@@ -350,7 +350,7 @@ impl World {
     }
 
     /// A guest's connection to a program that listens: both ends.
-    pub(crate) fn from_guest(
+    pub(crate) fn guest_connects(
         &mut self,
         listener: &UnixListener,
         port: u32,
@@ -373,7 +373,7 @@ impl World {
     }
 
     /// A program's connection to a listener in the guest: both ends. The answer is read.
-    pub(crate) fn from_host(&self, port: u32) -> (Socket, UnixStream) {
+    pub(crate) fn host_connects(&self, port: u32) -> (Socket, UnixStream) {
         let before = self.offers();
         let mut program = self.program(format!("CONNECT {port}\n").as_bytes());
         let offer = self.offers().into_iter().find(|offer| !before.contains(offer)).unwrap();
@@ -419,7 +419,7 @@ impl World {
     /// From now on another host has the guest: the bus out of this state.
     pub(crate) fn next_host(&mut self, state: &[u8]) {
         let end = Arc::new(HostEnd { wires: self.wires.clone(), doorbells: Mutex::default() });
-        let bus = HostBus::restoring(end.clone(), MappingBudget::default(), state).unwrap();
+        let bus = HostBus::restoring(end.clone(), self.mappings.clone(), state).unwrap();
         *lock(&self.wires.host) = Some((bus.clone(), end));
         self.bus = bus;
     }
