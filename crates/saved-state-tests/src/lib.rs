@@ -7,6 +7,7 @@
 //! | [`channel`] | a server's channel that is saved in the middle of its work, and what must come of it |
 //! | [`bus`] | the control plane at every step of its protocol |
 //! | [`storage`] | a storage controller at every step of its device's protocol |
+//! | [`integration`] | integration services: any state, and a guest that says anything |
 //! | [`golden`] | the states under `tests/golden/`: how each is made, and how it is restored |
 //! | [`targets`] | what is fuzzed: one function for each decoder, given any bytes |
 //! | [`mutate`] | changes that somebody makes who knows the format: checksums are put right afterwards |
@@ -27,6 +28,7 @@ pub mod bus;
 pub mod channel;
 pub mod golden;
 pub mod guest;
+pub mod integration;
 pub mod mutate;
 pub mod storage;
 pub mod targets;

@@ -23,6 +23,19 @@ use saved_state::end::{END, EndRecord};
 use saved_state::file::{FileReader, check};
 use saved_state::input::ChunkInput;
 use saved_state::inspect::{ALL_KINDS, PacketRow, Sizes, What, inspect, inspect_file};
+use saved_state::integration::{
+    HEARTBEAT, HeartbeatRecord, INTEGRATION_SERVICE, IntegrationServiceRecord, SHUTDOWN_REQUEST,
+    ShutdownRequestRecord,
+};
+use saved_state::machine::{
+    MACHINE, MachineRecord, PARTITION, PROCESSOR, PartitionRecord, ProcessorRecord, SYNIC,
+    SynicRecord,
+};
+use saved_state::memory::{
+    MEMORY_FILE, MEMORY_PARTS, MEMORY_REGION, MemoryFileRecord, MemoryPartsRecord,
+    MemoryRegionRecord,
+};
+use saved_state::sockets::{SOCKET_CONNECTION, SOCKETS, SocketConnectionRecord, SocketsRecord};
 use saved_state::storage::{
     DISK_IDENTITY, DiskIdentityRecord, STORAGE, STORAGE_REQUEST, StorageRecord,
     StorageRequestRecord,
@@ -37,7 +50,7 @@ use vmbus_host::{Host, HostRestore};
 
 use crate::channel::{self, Server, Setup};
 use crate::guest::{Rings, Standing};
-use crate::{mutate, storage};
+use crate::{integration, mutate, storage};
 
 /// A target of the fuzzer.
 pub struct Target {
@@ -58,6 +71,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bus", run: bus, mutate: mutate::mutate },
     Target { name: "storage", run: storage, mutate: mutate::mutate },
     Target { name: "transport", run: transport, mutate: mutate::mutate },
+    Target { name: "integration", run: integration::state, mutate: mutate::mutate },
+    Target { name: "integration_guest", run: integration::guest, mutate: mutate::mutate },
     Target { name: "round_trip", run: round_trip, mutate: mutate::mutate },
 ];
 
@@ -181,6 +196,18 @@ pub fn record(data: &[u8]) {
         STORAGE_REQUEST: StorageRequestRecord,
         TRANSPORT: TransportRecord,
         TRANSPORT_REGION: TransportRegionRecord,
+        MACHINE: MachineRecord,
+        PARTITION: PartitionRecord,
+        PROCESSOR: ProcessorRecord,
+        SYNIC: SynicRecord,
+        MEMORY_FILE: MemoryFileRecord,
+        MEMORY_REGION: MemoryRegionRecord,
+        MEMORY_PARTS: MemoryPartsRecord,
+        INTEGRATION_SERVICE: IntegrationServiceRecord,
+        HEARTBEAT: HeartbeatRecord,
+        SHUTDOWN_REQUEST: ShutdownRequestRecord,
+        SOCKETS: SocketsRecord,
+        SOCKET_CONNECTION: SocketConnectionRecord,
     }
     let _refused_or_not = bare::decode::<StorageRequestRecord>(message);
 }

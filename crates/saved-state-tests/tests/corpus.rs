@@ -166,6 +166,16 @@ fn begin_the_corpora() {
                     put(name, &state[stream_ranges(state)[1].clone()]);
                 }
             }
+            "integration" => {
+                use saved_state::integration::{NegotiationStep, SavedShutdown};
+                use saved_state_tests::integration::a_state;
+                put("closed", &a_state(NegotiationStep::Closed, None));
+                put("offered", &a_state(NegotiationStep::Offered, None));
+                put("agreed", &a_state(NegotiationStep::Agreed, None));
+                let asked = a_state(NegotiationStep::Agreed, Some(SavedShutdown::PowerOff));
+                put("shutdown-asked", &asked);
+            }
+            "integration_guest" => put("script", &saved_state_tests::integration::a_script()),
             "transport" => put("transport-nobody", &saved_state_tests::targets::transport_state()),
             "channel" | "round_trip" => {
                 let other = |name: &str| name.starts_with("bus") || name.starts_with("storage");
