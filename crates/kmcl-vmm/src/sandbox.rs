@@ -6,12 +6,13 @@
 //!   failure. A few that no VMM makes, and that only somebody who has taken it over would try (another
 //!   program, another process's memory, another name space), end the process with SIGSYS at once. The
 //!   kernel does not log what fails with EPERM; it does log, to its audit log, what ends a process.
-//! - **landlock** says which files may be opened: those in [`Paths`]. What is open stays usable. No TCP port
-//!   can be bound or connected to, no process outside be sent a signal, where the kernel knows of such.
+//! - **landlock** says which files may be opened: those in [`Paths`], the devices of KVM and userfaultfd, and
+//!   what a panic reads to say where it was. What is open stays usable. No TCP port can be bound or connected
+//!   to, no process outside be sent a signal, where the kernel's landlock knows of such.
 //!
 //! | not prevented | why |
 //! |---|---|
-//! | what io_uring does in the kernel's name is not seen by seccomp | disks need it; landlock holds for it too |
+//! | what is done through io_uring, which seccomp does not see: a UDP socket, say | disks need it; landlock holds for it too |
 //! | writing to files that are open, disks among them | that is what they are for |
 //! | reading memory of the process, guest memory among it | one VM, one process |
 //!
@@ -68,8 +69,9 @@ pub struct Paths {
     pub read: Vec<PathBuf>,
     /// Files to read and write; directories, in which files and directories may be made and removed too.
     pub write: Vec<PathBuf>,
-    /// Sockets to listen at, and to remove, which need not exist: rights are for their directories. Others
-    /// in the same directory may be connected to.
+    /// Sockets to listen at, and to remove, which need not exist. Rights are for the directories that they are
+    /// in, and hold for all below: other sockets there may be made and connected to, files removed. So a
+    /// VM's sockets are best alone in theirs.
     pub sockets: Vec<PathBuf>,
 }
 
@@ -146,7 +148,7 @@ pub enum Error {
 
 impl Sandbox {
     /// Puts up the walls, for good: for this thread and those that it makes, and by seccomp for all others
-    /// too. [`paths`](Paths) and the KVM device are all that can be opened from now on.
+    /// too.
     ///
     /// # Errors
     /// [`Error`]; [`Error::Threads`] where files are to be restricted, there are other threads, and the kernel

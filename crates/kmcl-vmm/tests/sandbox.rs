@@ -10,21 +10,29 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 
 use kmcl_vmm::control::Control;
 use kmcl_vmm::control::client::Client;
+use kmcl_vmm::memory::{self, Load, Ram, save_memory};
 use kmcl_vmm::sandbox::{Error, Files, Landlock, Paths, Report, Sandbox};
+use kvm_ioctls::Kvm;
 use libtest_mimic::{Arguments, Trial};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
 use rustix::process::{Pid, Signal};
+use vmbus_memory::GuestMemory;
+use vsp_storage::block::{
+    Backend, Buffers, CacheMode, Engine, FileOptions, IoOperation, IoOutcome, IoRequest, open_file,
+};
 
-/// In the environment of a process that is to play a part of a test: which.
+/// In the environment of a process that is to play a part of a test: which, and an empty directory for it.
 const PART: &str = "KMCL_SANDBOX_PART";
+const DIRECTORY: &str = "KMCL_SANDBOX_DIRECTORY";
 
 const SECCOMP: Sandbox = Sandbox { seccomp: true, landlock: Landlock::Off };
 const LANDLOCK: Sandbox = Sandbox { seccomp: false, landlock: Landlock::WherePossible };
@@ -35,7 +43,10 @@ type Part = fn(&Path);
 /// A test of a process that ends well, by what it shows and its part.
 const TESTS: &[(&str, Part)] = &[
     ("a_forbidden_call_is_refused", calls),
-    ("what_a_vm_does_is_let_through", ordinary),
+    ("what_every_program_does_is_let_through", ordinary),
+    ("disks_are_read_and_written", disks),
+    ("memory_is_saved_and_restored", memory),
+    ("processors_run", processors),
     ("files_that_were_not_named_cannot_be_opened", files),
     ("threads_that_would_stay_outside_are_counted", threads),
     ("landlock_is_asked_for_or_required", required),
@@ -60,18 +71,20 @@ fn main() {
         let tests = tests.chain([replaced]).collect();
         libtest_mimic::run(&Arguments::from_args(), tests).exit();
     };
-    let directory = tempfile::tempdir().unwrap();
+    let directory = PathBuf::from(std::env::var(DIRECTORY).unwrap());
     match TESTS.iter().find(|(known, _)| *known == name) {
-        Some((_, part)) => part(directory.path()),
+        Some((_, part)) => part(&directory),
         None if name == EXECUTE => execute(),
         None => panic!("there is no part {name}"),
     }
 }
 
-/// Plays a part in a process of its own.
+/// Plays a part in a process of its own, which could not remove its directory.
 fn play(name: &str) -> Output {
+    let directory = tempfile::tempdir().unwrap();
     let mut program = Command::new(std::env::current_exe().unwrap());
-    program.env(PART, name).stdin(Stdio::null()).output().unwrap()
+    program.env(PART, name).env(DIRECTORY, directory.path());
+    program.stdin(Stdio::null()).output().unwrap()
 }
 
 fn calls(_: &Path) {
@@ -108,7 +121,7 @@ fn execute() {
     panic!("{}", Command::new("/bin/true").exec());
 }
 
-/// What a VM does goes on: threads, files, sockets, waiting, the control interface.
+/// Threads, files, sockets, waiting, a panic, the control interface.
 fn ordinary(directory: &Path) {
     let socket = directory.join("control");
     let write = vec![directory.to_owned()];
@@ -141,11 +154,90 @@ fn ordinary(directory: &Path) {
     rustix::fs::fcntl_add_seals(&memory, rustix::fs::SealFlags::SHRINK).unwrap();
     let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
-    let mut ready = [rustix::event::PollFd::new(&event, rustix::event::PollFlags::IN)];
-    assert_eq!(rustix::event::poll(&mut ready, None), Ok(1));
+    let mut ready = [PollFd::new(&event, PollFlags::IN)];
+    assert_eq!(poll(&mut ready, None), Ok(1));
     thread::sleep(std::time::Duration::from_millis(1));
     let panicked = thread::spawn(|| panic!("it must end like any other")).join();
     assert!(panicked.is_err());
+}
+
+/// A disk that is added later, by each engine and through each cache.
+fn disks(directory: &Path) {
+    let paths = Paths { write: vec![directory.to_owned()], ..Paths::default() };
+    Sandbox::default().apply(&paths).unwrap();
+    let memory = GuestMemory::memfd(1 << 20).unwrap();
+    let image = directory.join("disk.img");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    for engine in [Engine::IoUring, Engine::Threads(2)] {
+        for cache in [CacheMode::Buffered, CacheMode::Direct] {
+            let options = FileOptions { engine, cache, ..FileOptions::default() };
+            let disk = open_file(&image, &options).unwrap();
+            let written = [0x5a; 4096];
+            memory.write(0, &written).unwrap();
+            perform(&*disk, &memory, IoOperation::Write { fua: true }, 0);
+            perform(&*disk, &memory, IoOperation::Read, 8192);
+            let mut read = [0; 4096];
+            memory.read(8192, &mut read).unwrap();
+            assert_eq!(read, written, "{engine:?} {cache:?}");
+        }
+    }
+}
+
+/// Moves 4 KiB between the begin of a disk and `gpa`.
+fn perform(disk: &dyn Backend, memory: &GuestMemory, operation: IoOperation, gpa: u64) {
+    let mut buffers = Buffers::new();
+    buffers.set(memory, [(gpa, 4096)], 4096).unwrap();
+    let request = IoRequest { token: 0, operation, offset: 0, bytes: 4096, buffers };
+    let mut done = Vec::new();
+    disk.submit(&mut vec![request], &mut done);
+    while done.is_empty() {
+        let fd = disk.completion_fd().unwrap();
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        disk.reap(&mut done);
+    }
+    let outcome = done.pop().map(|done| done.outcome);
+    assert!(matches!(outcome, Some(IoOutcome::Done(Ok(())))), "{outcome:?}");
+}
+
+/// A VM that is saved, and another that is restored, at once and while it runs.
+fn memory(directory: &Path) {
+    let paths = Paths { write: vec![directory.to_owned()], ..Paths::default() };
+    Sandbox::default().apply(&paths).unwrap();
+    let ram = Ram::new(64 << 20).unwrap();
+    ram.memory().write(0x1234, b"contents").unwrap();
+    for compression in
+        [memory::Compression::None, memory::Compression::Zstd { level: memory::ZSTD_LEVEL }]
+    {
+        let file = directory.join(format!("{compression:?}"));
+        let index = save_memory(&ram, &file, compression, &mut |_| {}).unwrap();
+        let failed = Box::new(|error| panic!("{error}"));
+        for load in [Load::Eager, Load::Lazy { failed }] {
+            let what = format!("{compression:?} {load:?}");
+            let restored = Ram::restore(&file, &index, load, false, &mut |_| {}).unwrap();
+            let mut read = [0; 8];
+            restored.memory().read(0x1234, &mut read).unwrap();
+            assert_eq!(&read, b"contents", "{what}");
+            restored.wait_until_loaded().unwrap();
+        }
+    }
+}
+
+/// As far as this machine's KVM goes: nothing of it is refused by the sandbox.
+fn processors(_: &Path) {
+    let Ok(before) = Kvm::new() else { return eprintln!("this machine has no KVM") };
+    let before = before.create_vm().map(drop);
+    Sandbox::default().apply(&Paths::default()).unwrap();
+    let vm = Kvm::new().unwrap().create_vm();
+    assert_eq!(vm.is_ok(), before.is_ok(), "{:?}", vm.err());
+    let Ok(vm) = vm else { return };
+    let vcpu = thread::spawn(move || {
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let registers = vcpu.get_regs().unwrap();
+        vcpu.set_regs(&registers).unwrap();
+        // There is no memory, so it does not get far.
+        vcpu.run().map(drop).map_err(|error| Errno::from_raw_os_error(error.errno())).err()
+    });
+    assert_ne!(vcpu.join().unwrap(), Some(Errno::PERM));
 }
 
 fn files(directory: &Path) {
@@ -174,6 +266,8 @@ fn files(directory: &Path) {
     let write = |name: &str| OpenOptions::new().write(true).open(at(name)).is_ok();
     let make = |name: &str| File::create_new(at(name)).is_ok();
     let remove = |name: &str| fs::remove_file(at(name)).is_ok();
+    let program = std::env::current_exe().unwrap();
+    let program = program.to_str().unwrap();
     let listen = |name: &str| UnixListener::bind(at(name)).is_ok();
     for (what, done, expected) in [
         ("read what may be read", read("read/file"), true),
@@ -187,6 +281,8 @@ fn files(directory: &Path) {
         ("read what was not named", read("other/file"), false),
         ("remove what was not named", remove("other/file"), false),
         ("make what was not named", make("new"), false),
+        ("read this program", File::open(program).is_ok(), true),
+        ("write this program", write(program), false),
         ("read the system's files", fs::read("/etc/passwd").is_ok(), false),
         ("read a link out", fs::read(at("write/../other/file")).is_ok(), false),
         ("listen among the sockets", listen("sockets/vm"), true),

@@ -409,6 +409,7 @@ mod tests {
             ("KVM_RUN", X86_64, 16, [3, 0xae80, 0], ALLOW),
             ("KVM_GET_MSRS", X86_64, 16, [3, 0xc008_ae88, 0], ALLOW),
             ("UFFDIO_COPY", X86_64, 16, [3, 0xc028_aa03, 0], ALLOW),
+            ("userfaultfd", X86_64, 323, [1, 0, 0], ALLOW),
             ("TIOCSTI", X86_64, 16, [0, 0x5412, 0], eperm),
             ("TIOCLINUX", X86_64, 16, [0, 0x541c, 0], eperm),
             ("mmap, to read", X86_64, 9, [0, 4096, 1], ALLOW),

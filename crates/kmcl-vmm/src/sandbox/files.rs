@@ -1,7 +1,7 @@
 //! Landlock: which rights a path gives.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus,
@@ -18,6 +18,9 @@ const KNOWN: ABI = ABI::V9;
 /// Devices that a machine opens, where they are there. Their rights include ioctls, of which seccomp lets
 /// few through.
 const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/userfaultfd"];
+
+/// What a panic reads to say where it was, where it is there; and the program's own file.
+const MAPS: &str = "/proc/self/maps";
 
 /// What may be done with what is in a directory to read.
 const READ: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -43,6 +46,12 @@ pub(super) fn restrict(paths: &Paths) -> Result<Files, Error> {
     let mut rules = ruleset().map_err(landlock)?;
     for device in DEVICES.iter().map(Path::new).filter(|path| path.exists()) {
         rules = allow(rules, device, DEVICE)?;
+    }
+    let program = std::env::current_exe().ok();
+    for path in program.iter().map(PathBuf::as_path).chain([Path::new(MAPS)]) {
+        if path.exists() {
+            rules = allow(rules, path, READ)?;
+        }
     }
     for path in &paths.read {
         rules = allow(rules, path, READ)?;
