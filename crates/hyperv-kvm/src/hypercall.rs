@@ -150,6 +150,104 @@ pub(crate) const PAGE_CODE_AFTER_KVM: [u8; 36] = {
 mod tests {
     use super::*;
 
+    use std::io;
+    use std::sync::Arc;
+
+    use kmcl::bus::{Doorbell, Signal};
+    use vmbus_host::{Config, GuestPort, Posted, SlotId};
+
+    use super::*;
+
+    /// A guest of one VP, to whom nothing gets through.
+    struct Nobody(GuestMemory);
+
+    impl GuestPort for Nobody {
+        fn memory(&self) -> Option<GuestMemory> {
+            Some(self.0.clone())
+        }
+        fn vp_count(&self) -> u32 {
+            1
+        }
+        fn post_message(&self, _: SlotId, _: &[u8]) -> Posted {
+            Posted::Busy
+        }
+        fn event_flag(&self, _: u32, _: u8, _: u16) -> io::Result<Arc<dyn Signal>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn listen(&self, _: u32, _: Arc<dyn Doorbell>) -> io::Result<()> {
+            Ok(())
+        }
+        fn unlisten(&self, _: u32) {}
+    }
+
+    /// The input of HvPostMessage: connection, message type, length, message.
+    fn message(connection: u32, message_type: u32, len: u32, message: &[u8]) -> Vec<u8> {
+        let words = [connection, 0, message_type, len];
+        let mut input: Vec<_> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+        input.extend(message);
+        input.resize(size_of::<PostMessageInput>(), 0);
+        input
+    }
+
+    /// Connection of the guest's messages, and a first message: INITIATE_CONTACT for version 5.3.
+    const MESSAGES: u32 = 1;
+    fn contact() -> Vec<u8> {
+        let words = [14_u32, 0, 5 << 16 | 3, 0, 0, 0, 0, 0, 0, 0];
+        words.into_iter().flat_map(u32::to_le_bytes).collect()
+    }
+
+    /// Control word, input, what is in memory at 0x1000, status.
+    #[test]
+    fn calls_are_refused_by_what_is_wrong_with_them() {
+        const FAST: u64 = 1 << 16;
+        const POST: u64 = 0x5c;
+        const SIGNAL: u64 = 0x5d;
+        const AT: u64 = 0x1000;
+        let good = message(MESSAGES, 1, 40, &contact());
+        let nothing: &[u8] = &[];
+        let no_flag = HypercallStatus::INVALID_PARAMETER;
+        let unknown_connection = HypercallStatus(18);
+        for (what, control, input, memory, expected) in [
+            ("a message", POST, AT, &*good, HypercallStatus::SUCCESS),
+            ("no such call", 0x5e, AT, &good, HypercallStatus::INVALID_CODE),
+            ("call 0", 0, 0, nothing, HypercallStatus::INVALID_CODE),
+            ("bits above the call", POST | 1 << 63, AT, &good, HypercallStatus::INVALID_INPUT),
+            ("a variable header", POST | 1 << 17, AT, &good, HypercallStatus::INVALID_INPUT),
+            ("repetitions", POST | 1 << 32, AT, &good, HypercallStatus::INVALID_INPUT),
+            ("a start of them", SIGNAL | 1 << 48, AT, nothing, HypercallStatus::INVALID_INPUT),
+            ("a fast message", POST | FAST, AT, &good, HypercallStatus::INVALID_INPUT),
+            ("not aligned", POST, AT + 4, &good, HypercallStatus::INVALID_ALIGNMENT),
+            ("across pages", POST, AT + 0xf08, &good, HypercallStatus::INVALID_ALIGNMENT),
+            ("not memory", POST, 0x10_0000, nothing, HypercallStatus::INVALID_PARAMETER),
+            ("the end of addresses", POST, !0xfff, nothing, HypercallStatus::INVALID_PARAMETER),
+            (
+                "another type",
+                POST,
+                AT,
+                &message(MESSAGES, 2, 40, &contact()),
+                HypercallStatus::INVALID_PARAMETER,
+            ),
+            (
+                "longer than can be",
+                POST,
+                AT,
+                &message(MESSAGES, 1, 241, &contact()),
+                HypercallStatus::INVALID_PARAMETER,
+            ),
+            ("another connection", POST, AT, &message(99, 1, 40, &contact()), unknown_connection),
+            ("a signal to nobody", SIGNAL | FAST, 77, nothing, unknown_connection),
+            ("another flag", SIGNAL | FAST, 77 | 5 << 32, nothing, no_flag),
+            ("a signal from memory", SIGNAL, AT, &[77, 0, 0, 0, 5, 0, 0, 0], no_flag),
+            ("not aligned", SIGNAL, AT + 1, nothing, HypercallStatus::INVALID_ALIGNMENT),
+            ("not memory", SIGNAL, 0x10_0000, nothing, HypercallStatus::INVALID_PARAMETER),
+        ] {
+            let ram = GuestMemory::memfd(0x4000).unwrap();
+            ram.write(AT, memory).unwrap();
+            let bus = HostBus::new(Arc::new(Nobody(ram.clone())), Config::default());
+            assert_eq!(call(&bus, &ram, control, input), expected, "{what}");
+        }
+    }
+
     /// The jumps of the page end at its slow way, which writes the ports that are listened to.
     #[test]
     fn the_pages_jumps_meet_their_target() {
