@@ -3,8 +3,11 @@
 mod disks;
 mod restore;
 mod services;
+mod sockets;
 mod still;
+mod timer;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hyperv_kvm::Partition;
@@ -13,6 +16,7 @@ use kmcl_worker::Source;
 use vmbus_host::HostBus;
 use vsp_storage::{ControllerConfig, Driver, ScsiController};
 
+use crate::config::VmConfig;
 use crate::vm::VmError;
 use crate::workers::{Workers, WorkersSource};
 
@@ -20,6 +24,7 @@ pub use disks::DiskConfigError;
 pub(crate) use disks::{Disks, OpenDisk, Place};
 pub(crate) use restore::RestoringDevices;
 pub(crate) use services::{Services, Ticking};
+use sockets::Sockets;
 pub(crate) use still::{StillDevices, counts_requests};
 
 /// The instance by which a guest knows its first controller: always the same, so that it knows it again.
@@ -28,6 +33,7 @@ const FIRST_CONTROLLER: u128 = 0x6b6d_636c_0000_4000_8000_0000_0000_0001;
 
 /// The devices of a guest that runs. Fields are dropped in this order.
 pub(crate) struct Devices {
+    sockets: Option<Sockets>,
     services: Services,
     controllers: Vec<ScsiController>,
     _messages: Waited,
@@ -70,18 +76,20 @@ impl Devices {
     pub(crate) fn offer(
         bus: &HostBus,
         disks: &Disks,
-        sub_channels: u16,
+        config: &VmConfig,
         workers: &Arc<Workers>,
         partition: &Partition,
     ) -> Result<Self, VmError> {
         let messages = wait_for_messages(workers, partition)?;
         let services = Services::offer(bus, workers, partition)?;
+        let serve = |path: &PathBuf| Sockets::serve(bus, path, workers);
+        let sockets = config.sockets.as_ref().map(serve).transpose()?;
         let bus = Arc::new(bus.clone());
         let mut controllers = Vec::new();
         for number in 0..disks.controllers() {
             let failed = |source| VmError::Controller { controller: number, source };
             let driver = Arc::clone(workers) as Arc<dyn Driver>;
-            let config = controller_config(number, sub_channels);
+            let config = controller_config(number, config.sub_channels);
             let controller = ScsiController::new(Arc::clone(&bus) as _, driver, config);
             let controller = controller.map_err(failed)?;
             for disk in disks.iter().filter(|disk| disk.place.controller == number) {
@@ -91,7 +99,7 @@ impl Devices {
             controller.offer().map_err(failed)?;
             controllers.push(controller);
         }
-        Ok(Self { services, controllers, _messages: messages })
+        Ok(Self { sockets, services, controllers, _messages: messages })
     }
 
     /// The integration services.

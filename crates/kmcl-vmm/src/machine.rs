@@ -329,3 +329,6 @@ impl Shared {
         self.teller.end(end);
     }
 }
+
+#[cfg(test)]
+mod tests;

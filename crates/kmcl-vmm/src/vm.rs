@@ -203,7 +203,7 @@ fn boot(
         console: Box::new(console.clone()),
     })?;
     let (bus, partition) = (machine.bus().clone(), machine.partition().clone());
-    let devices = Devices::offer(&bus, disks, config.sub_channels, workers, &partition)?;
+    let devices = Devices::offer(&bus, disks, config, workers, &partition)?;
     let (running, events) = machine.start()?;
     Ok((Live { running, devices }, events))
 }

@@ -149,3 +149,13 @@ impl vsp_integration::Driver for Workers {
         self.remove(channel);
     }
 }
+
+impl vsp_socket::Driver for Workers {
+    fn add_channel(&self, channel: &Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.add(channel)
+    }
+
+    fn remove_channel(&self, channel: &Channel) {
+        self.remove(channel);
+    }
+}

@@ -1,6 +1,7 @@
 //! Devices out of a saved state.
 
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
 use hyperv_kvm::Partition;
@@ -10,7 +11,7 @@ use vsp_storage::{
     AttachError, ControllerRestoreError, Driver, RestoringController, ScsiController,
 };
 
-use super::{Devices, Disks, controller_config, services, wait_for_messages};
+use super::{Devices, Disks, controller_config, services, sockets, wait_for_messages};
 use crate::vm::VmError;
 use crate::vm::saved::State;
 use crate::workers::Workers;
@@ -20,14 +21,18 @@ use crate::workers::Workers;
 pub(crate) struct RestoringDevices {
     controllers: Vec<RestoringController>,
     services: services::Restoring,
+    sockets: sockets::Restoring,
+    bus: HostBus,
     workers: Arc<Workers>,
 }
 
 impl RestoringDevices {
-    /// Makes all devices that `state` tells of, with `disks`, and offers them on `bus`.
+    /// Makes all devices that `state` tells of, with `disks`, and offers them on `bus`. `had_sockets` says
+    /// whether the guest had sockets, `sockets` where it is to have some.
     pub(crate) fn new(
         bus: &HostBus,
         disks: &Disks,
+        (had_sockets, sockets): (bool, Option<&Path>),
         workers: &Arc<Workers>,
         state: &mut State<impl Read>,
     ) -> Result<Self, VmError> {
@@ -78,7 +83,9 @@ impl RestoringDevices {
             return Err(VmError::Differences(differences));
         }
         let services = services::Restoring::new(bus, workers, state)?;
-        Ok(Self { controllers, services, workers: Arc::clone(workers) })
+        let sockets = sockets::Restoring::new(bus, had_sockets, sockets, workers, state)?;
+        let (bus, workers) = (bus.clone(), Arc::clone(workers));
+        Ok(Self { controllers, services, sockets, bus, workers })
     }
 
     /// Has them go on: the bus has brought what they had.
@@ -92,6 +99,7 @@ impl RestoringDevices {
             controllers.push(started);
         }
         let services = self.services.start(&self.workers, partition)?;
-        Ok(Devices { services, controllers, _messages: messages })
+        let sockets = self.sockets.start(&self.bus, &self.workers)?;
+        Ok(Devices { sockets, services, controllers, _messages: messages })
     }
 }

@@ -1,17 +1,11 @@
 //! The guest's integration services, with a clock.
 
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use hyperv_kvm::Partition;
-use kmcl_worker::Source;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use saved_state::StreamKind;
 use vmbus_host::HostBus;
 use vsp_integration::{
@@ -20,12 +14,13 @@ use vsp_integration::{
 };
 
 use super::Waited;
+use super::timer::Timer;
 use crate::vm::VmError;
 use crate::vm::saved::State;
 use crate::workers::Workers;
 
 /// How often services do what is due.
-const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const TICK: Duration = Duration::from_secs(1);
 
 /// How much longer than the services themselves an answer is waited for.
 const GRACE: Duration = Duration::from_secs(5);
@@ -43,7 +38,6 @@ pub(crate) struct Services {
 pub(crate) struct Ticking {
     services: IntegrationServices,
     partition: Partition,
-    timer: Arc<OwnedFd>,
     /// The guest's processors stand: it is not to be asked whether it lives.
     stands: AtomicBool,
     answers: Arc<Answers>,
@@ -74,18 +68,6 @@ impl Observer for Answers {
     }
 }
 
-impl Source for Ticking {
-    fn ready(&self) -> bool {
-        let _expirations = rustix::io::read(&self.timer, &mut [0; 8]);
-        if !self.stands.load(Ordering::Relaxed)
-            && let Ok(reference_time) = self.partition.reference_time()
-        {
-            self.services.tick(Clocks { now: SystemTime::now().into(), reference_time });
-        }
-        false
-    }
-}
-
 impl Services {
     /// Offers them on the bus of a machine.
     pub(crate) fn offer(
@@ -101,34 +83,24 @@ impl Services {
             config(),
         )?;
         services.offer()?;
-        Self::tick(services, answers, workers, partition)
+        Self::drive(services, answers, workers, partition)
     }
 
     /// Has them tick from now on.
-    fn tick(
+    fn drive(
         services: IntegrationServices,
         answers: Arc<Answers>,
         workers: &Arc<Workers>,
         partition: &Partition,
     ) -> Result<Self, VmError> {
-        let what = "the timer of integration services";
-        let failed =
-            |errno: rustix::io::Errno| VmError::Driver { what, source: Box::new(errno) as _ };
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(failed)?;
-        let each = Itimerspec { it_interval: TICK, it_value: TICK };
-        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &each).map_err(failed)?;
-        let timer = Arc::new(timer);
         let ticking = Arc::new(Ticking {
             services,
             partition: partition.clone(),
-            timer: Arc::clone(&timer),
             stands: AtomicBool::new(false),
             answers,
         });
-        let source = workers.add_source(timer, Arc::clone(&ticking) as Arc<dyn Source>);
-        let source = source.map_err(|source| VmError::Driver { what, source })?;
-        let clock = Waited { workers: Arc::clone(workers), source };
+        let due = Arc::clone(&ticking);
+        let clock = Timer::every(TICK, workers, move || due.tick())?;
         Ok(Self { _clock: clock, ticking })
     }
 
@@ -158,6 +130,15 @@ impl Drop for Services {
 }
 
 impl Ticking {
+    /// Does what is due.
+    fn tick(&self) {
+        if !self.stands.load(Ordering::Relaxed)
+            && let Ok(reference_time) = self.partition.reference_time()
+        {
+            self.services.tick(Clocks { now: SystemTime::now().into(), reference_time });
+        }
+    }
+
     /// What is known of the guest's life.
     pub(crate) fn heartbeat(&self) -> HeartbeatStatus {
         self.services.heartbeat()
@@ -230,7 +211,10 @@ impl Restoring {
         let services = self.services.start().map_err(|error| {
             VmError::State(format!("the integration services cannot go on: {error}"))
         })?;
-        Services::tick(services, self.answers, workers, partition)
+        let services = Services::drive(services, self.answers, workers, partition)?;
+        // The guest's clock is behind: it is told so at once.
+        services.ticking.tick();
+        Ok(services)
     }
 }
 

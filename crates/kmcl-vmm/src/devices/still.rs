@@ -6,22 +6,25 @@ use kmcl::SaveOptions;
 use saved_state::StreamKind;
 use saved_state::file::FileWriter;
 use vsp_integration::FrozenServices;
+use vsp_socket::FrozenSockets;
 use vsp_storage::FrozenController;
 
-use super::Devices;
+use super::{Devices, Sockets};
 use crate::vm::VmError;
 
 /// Devices that stand still. They go on when this is dropped.
 pub(crate) struct StillDevices {
     controllers: Vec<FrozenController>,
     services: FrozenServices,
+    sockets: Option<FrozenSockets>,
 }
 
 impl Devices {
     /// Has all of them stand still: nothing new is begun, and what runs is cancelled or waited for.
     pub(crate) fn freeze(&self) -> Result<StillDevices, VmError> {
         let services = self.services.freeze()?;
-        let mut still = StillDevices { controllers: Vec::new(), services };
+        let sockets = self.sockets.as_ref().map(Sockets::freeze).transpose()?;
+        let mut still = StillDevices { controllers: Vec::new(), services, sockets };
         for (number, controller) in (0..).zip(&self.controllers) {
             let failed = |source| VmError::Controller { controller: number, source };
             still.controllers.push(controller.freeze().map_err(failed)?);
@@ -59,6 +62,10 @@ impl StillDevices {
         for stream in self.services.streams(options)? {
             file.add(&stream.name, stream.index, stream.save);
         }
+        if let Some(sockets) = &self.sockets {
+            let save = sockets.save(options);
+            file.add("sockets", 0, save.map_err(|error| VmError::Unsavable(error.to_string()))?);
+        }
         Ok(())
     }
 
@@ -66,6 +73,7 @@ impl StillDevices {
     pub(crate) fn move_away(self) {
         self.controllers.into_iter().for_each(FrozenController::move_away);
         self.services.move_away();
+        self.sockets.into_iter().for_each(FrozenSockets::move_away);
     }
 }
 

@@ -31,6 +31,12 @@ pub enum VmError {
     /// The integration services.
     #[error(transparent)]
     Services(#[from] vsp_integration::IntegrationError),
+    /// The guest's sockets.
+    #[error("the guest's sockets: {0}")]
+    Sockets(#[from] vsp_socket::SocketError),
+    /// The guest's sockets cannot stand still.
+    #[error("the guest's sockets: {0}")]
+    SocketsFreeze(#[from] vsp_socket::FreezeError),
     /// The guest cannot be asked to shut down.
     #[error(transparent)]
     Shutdown(#[from] vsp_integration::ShutdownError),

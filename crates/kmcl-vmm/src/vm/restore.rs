@@ -77,6 +77,7 @@ impl Vm {
         progress: &mut dyn FnMut(MemoryProgress),
     ) -> Result<Self, VmError> {
         let mut config = read_config(&options.from)?.config;
+        let had_sockets = config.sockets.is_some();
         let mut differences = options.apply(&mut config);
         let mut state = State::open(&options.from)?;
         let machine = state.bytes(StreamKind::MACHINE)?;
@@ -102,7 +103,9 @@ impl Vm {
                 Error::Differences(lines) => VmError::Differences(lines),
                 error => error.into(),
             })?;
-        let devices = RestoringDevices::new(restoring.bus(), &disks, &workers, &mut state)?;
+        let sockets = (had_sockets, config.sockets.as_deref());
+        let devices =
+            RestoringDevices::new(restoring.bus(), &disks, sockets, &workers, &mut state)?;
         state.end()?;
         let machine = restoring.finish()?;
         let devices = devices.start(machine.partition())?;

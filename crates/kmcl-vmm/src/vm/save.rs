@@ -1,7 +1,7 @@
 //! Saving a VM: everything stands still, is written down, and goes on here or elsewhere.
 //!
-//! The order: processors, so that nothing new comes from the guest; the bus; the devices, which settle what
-//! they do. What was in flight is saved as it is. Only then is memory written, which nobody changes any more.
+//! The order: the bus; the devices, which settle what they do while the guest computes on; then its processors.
+//! What was in flight is saved as it is. Only then is memory written, which nobody changes any more.
 
 use std::io::{BufWriter, Write};
 use std::time::{Duration, Instant};
@@ -44,15 +44,13 @@ impl Drop for Paused<'_> {
 
 impl<'a> Still<'a> {
     fn stand(live: &'a Live) -> Result<Self, VmError> {
+        let bus = live.running.partition().bus().hold();
+        let devices = live.devices.freeze()?;
+        devices.wait(SETTLE)?;
         let running = &live.running;
         let goes_on = !running.is_paused();
         running.pause()?;
-        let processors = Paused(goes_on.then_some(running));
-        let bus = running.partition().bus().hold();
-        let devices = live.devices.freeze()?;
-        let still = Self { devices, bus, processors };
-        still.devices.wait(SETTLE)?;
-        Ok(still)
+        Ok(Self { devices, bus, processors: Paused(goes_on.then_some(running)) })
     }
 }
 
