@@ -38,6 +38,7 @@ static NTSTATUS restore(VMBCHANNEL channel, PVOID library, UINT32 library_size, 
 /* Every setter with good arguments, on either end, in this order. */
 static NTSTATUS set(int which, VMBCHANNEL channel)
 {
+    static const UCHAR user_data[VMBUS_SERVER_CHANNEL_INIT_MAXIMUM_OFFER_DATA];
     static UNICODE_STRING name = RTL_CONSTANT_STRING(u"a name");
     VMB_CHANNEL_STATE_CHANGE_CALLBACKS callbacks = noting();
     switch (which) {
@@ -55,7 +56,8 @@ static NTSTATUS set(int which, VMBCHANNEL channel)
     case 11: return k.VmbServerChannelInitSetSaveRestorePacketCallbacks(channel, save, restore);
     case 12: return k.VmbServerChannelInitSetTargetInterfaceId(channel, TYPE, INSTANCE);
     case 13: return k.VmbServerChannelInitSetTargetVtl(channel, 2);
-    default: return k.VmbServerChannelInitSetVmbusHandle(channel, bus);
+    case 14: return k.VmbServerChannelInitSetVmbusHandle(channel, bus);
+    default: return KmclChannelInitSetUserData(channel, user_data);
     }
 }
 
@@ -66,8 +68,8 @@ static const char *const NAMES[] = {
     "VmbClientChannelInitSetRingBufferPageCount", "VmbClientChannelInitSetTargetPnp",
     "VmbServerChannelInitSetFlags", "VmbServerChannelInitSetMmioMegabytes",
     "VmbServerChannelInitSetSaveRestorePacketCallbacks", "VmbServerChannelInitSetTargetInterfaceId",
-    "VmbServerChannelInitSetTargetVtl", "VmbServerChannelInitSetVmbusHandle"};
-#define SETTERS 15
+    "VmbServerChannelInitSetTargetVtl", "VmbServerChannelInitSetVmbusHandle", "KmclChannelInitSetUserData"};
+#define SETTERS 16
 
 int main(void)
 {
@@ -82,7 +84,7 @@ int main(void)
     s = server.channel;
     c = client.channel;
     for (i = 0; i < SETTERS; i++) {
-        int on_server = i != 7 && i != 8, on_client = i <= 8;
+        int on_server = i != 7 && i != 8, on_client = i <= 8 || i == 15;
         row(NAMES[i], "D-59-server", set(i, s) == (on_server ? OK : P1), "server", __LINE__);
         row(NAMES[i], "D-59-client", set(i, c) == (on_client ? OK : P1), "client", __LINE__);
         row(NAMES[i], "null-channel", set(i, NULL) == P1, "null", __LINE__);
@@ -120,12 +122,14 @@ int main(void)
     ZwClose(kernel);
     ROW(VmbConvertVmbusHandleToKernelHandle, "no-handle", k.VmbConvertVmbusHandleToKernelHandle(kernel, &kernel) == STATUS_INVALID_HANDLE);
     ROW(VmbConvertVmbusHandleToKernelHandle, "null-output", k.VmbConvertVmbusHandleToKernelHandle(bus, NULL) == P2);
+    ROW(KmclChannelInitSetUserData, "null", KmclChannelInitSetUserData(s, NULL) == P2);
     NEED(k.VmbServerChannelInitSetFlags(s, 0) == OK);
 
     run_pair();
     for (i = 0; i < SETTERS; i++) {
         row(NAMES[i], "D-1-not-disabled", set(i, s) == P1 && set(i, c) == P1, "enabled", __LINE__);
     }
+    ROW(KmclChannelInitSetUserData, "D-1-before-arguments", KmclChannelInitSetUserData(s, NULL) == P1);
     ROW(VmbChannelInitSetProcessPacketCallbacks, "D-1-before-arguments", k.VmbChannelInitSetProcessPacketCallbacks(s, NULL, NULL) == P1);
     end_pair();
     for (i = 0; i < SETTERS; i++) {

@@ -302,22 +302,26 @@ pub unsafe extern "C" fn VmbChannelGetMmioSpace(
 /// VmbChannelSetPointer.
 #[unsafe(no_mangle)]
 pub extern "C" fn VmbChannelSetPointer(channel: VmbChannel, pointer: *mut c_void) {
-    match CHANNELS.find(Handle::from_pointer(channel)) {
+    const NAME: &str = "VmbChannelSetPointer";
+    guarded(NAME, (), || match CHANNELS.find(Handle::from_pointer(channel)) {
         Some(found) => {
             found.shared().pointer.store(pointer.expose_provenance(), Ordering::Release);
         }
-        None => violation("VmbChannelSetPointer", "Channel", NO_CHANNEL),
-    }
+        None => violation(NAME, "Channel", NO_CHANNEL),
+    });
 }
 
 /// VmbChannelGetPointer; null at first (D-51).
 #[unsafe(no_mangle)]
 pub extern "C" fn VmbChannelGetPointer(channel: VmbChannel) -> *mut c_void {
-    let Some(found) = CHANNELS.find(Handle::from_pointer(channel)) else {
-        violation("VmbChannelGetPointer", "Channel", NO_CHANNEL);
-        return core::ptr::null_mut();
-    };
-    core::ptr::with_exposed_provenance_mut(found.shared().pointer.load(Ordering::Acquire))
+    const NAME: &str = "VmbChannelGetPointer";
+    guarded(NAME, core::ptr::null_mut(), || {
+        let Some(found) = CHANNELS.find(Handle::from_pointer(channel)) else {
+            violation(NAME, "Channel", NO_CHANNEL);
+            return core::ptr::null_mut();
+        };
+        core::ptr::with_exposed_provenance_mut(found.shared().pointer.load(Ordering::Acquire))
+    })
 }
 
 /// VmbChannelSetTransactionQuota; 0 is ignored (D-61).

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "reads lists that C gave, and maps pages side by side")]
 
 use core::ffi::c_void;
+use core::ops::Deref;
 use core::ptr::NonNull;
 
 use kmcl::memory::GuestMemory;
@@ -214,13 +215,53 @@ unsafe fn pfns<'a>(mdl: *const Mdl) -> &'a [u64] {
     }
 }
 
+/// MDLs of a chain that need no memory of their own to be taken in: nearly all chains.
+const FEW: usize = 8;
+
+/// A chain as ranges.
+pub(crate) enum Ranges<'a> {
+    Few { ranges: [GpaRange<'a>; FEW], count: usize },
+    Many(Vec<GpaRange<'a>>),
+}
+
+impl<'a> Deref for Ranges<'a> {
+    type Target = [GpaRange<'a>];
+
+    fn deref(&self) -> &[GpaRange<'a>] {
+        match self {
+            Self::Few { ranges, count } => ranges.get(..*count).unwrap_or_default(),
+            Self::Many(ranges) => ranges,
+        }
+    }
+}
+
+impl<'a> Ranges<'a> {
+    fn push(&mut self, range: GpaRange<'a>) {
+        match self {
+            Self::Few { ranges, count } => match ranges.get_mut(*count) {
+                Some(place) => {
+                    *place = range;
+                    *count += 1;
+                }
+                None => {
+                    let mut many = ranges.to_vec();
+                    many.push(range);
+                    *self = Self::Many(many);
+                }
+            },
+            Self::Many(ranges) => ranges.push(range),
+        }
+    }
+}
+
 /// A chain as ranges; `None` where an MDL has no bytes, a strange offset or no pages, and for a chain with
 /// more of them than any packet.
 ///
 /// # Safety
 /// `mdl` is null or a chain of MDLs, each with as many page frame numbers as its bytes span, for `'a`.
-pub(crate) unsafe fn ranges<'a>(mdl: *const Mdl) -> Option<Vec<GpaRange<'a>>> {
-    let mut ranges = Vec::new();
+pub(crate) unsafe fn ranges<'a>(mdl: *const Mdl) -> Option<Ranges<'a>> {
+    const NONE: GpaRange<'_> = GpaRange { byte_count: 0, byte_offset: 0, pfns: &[] };
+    let mut ranges = Ranges::Few { ranges: [NONE; FEW], count: 0 };
     let mut next = mdl;
     while !next.is_null() {
         if ranges.len() >= Limits::EXTERNAL_RANGES as usize {

@@ -240,13 +240,15 @@ pub unsafe extern "C" fn VmbPacketSetCompletionRoutine(
     routine: Option<CompletionRoutine>,
 ) {
     const NAME: &str = "VmbPacketSetCompletionRoutine";
-    // SAFETY: the caller's promise.
-    let Some(found) = (unsafe { find_or_report(NAME, packet) }) else { return };
-    let Some(routine) = routine else {
-        violation(NAME, "CompletionRoutine", "must not be null");
-        return;
-    };
-    found.shared().routine.store(routine as *mut (), Release);
+    guarded(NAME, (), || {
+        // SAFETY: the caller's promise.
+        let Some(found) = (unsafe { find_or_report(NAME, packet) }) else { return };
+        let Some(routine) = routine else {
+            violation(NAME, "CompletionRoutine", "must not be null");
+            return;
+        };
+        found.shared().routine.store(routine as *mut (), Release);
+    });
 }
 
 /// VmbPacketGetChannel; null for a bad handle.
@@ -255,10 +257,13 @@ pub unsafe extern "C" fn VmbPacketSetCompletionRoutine(
 /// `packet` is a packet, or a number that is no address.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn VmbPacketGetChannel(packet: VmbPacket) -> VmbChannel {
-    // SAFETY: the caller's promise.
-    let found = unsafe { find_or_report("VmbPacketGetChannel", packet) };
-    let channel = found.map_or(0, |found| found.shared().channel.load(Relaxed));
-    Handle(channel).to_pointer()
+    const NAME: &str = "VmbPacketGetChannel";
+    guarded(NAME, core::ptr::null_mut(), || {
+        // SAFETY: the caller's promise.
+        let found = unsafe { find_or_report(NAME, packet) };
+        let channel = found.map_or(0, |found| found.shared().channel.load(Relaxed));
+        Handle(channel).to_pointer()
+    })
 }
 
 /// VmbPacketSetPointer.
@@ -267,10 +272,13 @@ pub unsafe extern "C" fn VmbPacketGetChannel(packet: VmbPacket) -> VmbChannel {
 /// `packet` is a packet, or a number that is no address.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn VmbPacketSetPointer(packet: VmbPacket, pointer: *mut c_void) {
-    // SAFETY: the caller's promise.
-    if let Some(found) = unsafe { find_or_report("VmbPacketSetPointer", packet) } {
-        found.shared().pointer.store(pointer, Release);
-    }
+    const NAME: &str = "VmbPacketSetPointer";
+    guarded(NAME, (), || {
+        // SAFETY: the caller's promise.
+        if let Some(found) = unsafe { find_or_report(NAME, packet) } {
+            found.shared().pointer.store(pointer, Release);
+        }
+    });
 }
 
 /// VmbPacketGetPointer; null at first (D-51).
@@ -279,9 +287,12 @@ pub unsafe extern "C" fn VmbPacketSetPointer(packet: VmbPacket, pointer: *mut c_
 /// `packet` is a packet, or a number that is no address.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn VmbPacketGetPointer(packet: VmbPacket) -> *mut c_void {
-    // SAFETY: the caller's promise.
-    let found = unsafe { find_or_report("VmbPacketGetPointer", packet) };
-    found.map_or(core::ptr::null_mut(), |found| found.shared().pointer.load(Acquire))
+    const NAME: &str = "VmbPacketGetPointer";
+    guarded(NAME, core::ptr::null_mut(), || {
+        // SAFETY: the caller's promise.
+        let found = unsafe { find_or_report(NAME, packet) };
+        found.map_or(core::ptr::null_mut(), |found| found.shared().pointer.load(Acquire))
+    })
 }
 
 /// Takes a packet on its way by `start`, which may give it back.

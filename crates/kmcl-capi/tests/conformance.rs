@@ -63,7 +63,7 @@ macro_rules! under_valgrind {
 }
 
 under_valgrind! {
-    freezing gpadls life_cycle packets rules save_restore sends setters synchronous tables threads
+    freezing gpadls life_cycle packets rules save_restore sends setters synchronous tables threads unix_bus
 }
 
 fn valgrind(name: &str) {
