@@ -21,8 +21,8 @@ pub(crate) const FIRST_CONNECTION: u32 = 1 | (VMBUS_SINT as u32) << 12;
 const RING_GPADLS: [u32; 2] = [0x51, 0x52];
 /// One that is described by more than one message.
 const LARGE_GPADL: u32 = 0x53;
-/// Its pages, wherever they are.
-const LARGE_PAGES: u64 = 100;
+/// Its pages.
+const LARGE_PAGES: std::ops::Range<u64> = 0x1000..0x1064;
 
 /// The whole conversation, in order.
 pub(crate) fn messages(
@@ -35,7 +35,7 @@ pub(crate) fn messages(
     let ring_pages: Vec<u64> = ring_pages.collect();
     let half = u32::try_from(ring_pages.len() / 2)?;
     let rings = gpadl(ring_pages);
-    let large = gpadl((0..LARGE_PAGES).map(|page| 0x1000 + page * 7).collect());
+    let large = gpadl(LARGE_PAGES.collect());
 
     let mut all = Vec::new();
     let mut say = |message: GuestMessage<'_>| all.push(input(&message.to_buffer(), false));

@@ -52,6 +52,9 @@ const EOM: u32 = 0x4000_0084;
 const SINT2: u32 = 0x4000_0092;
 const VECTOR: u32 = 0x50;
 
+/// A message's type, of which no other byte is set.
+const OPEN_CHANNEL: i32 = 5;
+
 /// Registers that are there or nearly: half of all writes go to these.
 const MSRS: [u32; 32] = [
     0x4000_0000,
@@ -194,12 +197,19 @@ fn set_up(a: &mut CodeAssembler, l: &mut Labels, plan: &Plan<'_>) -> Result<(), 
     }
     a.mov(r12d, plan.actions)?;
     a.xor(r13d, r13d)?;
+    print(a, b'H')?;
     // Without the host's code, calling the page does nothing.
     a.mov(rdi, CALL_PAGE)?;
     a.mov(ecx, 0x1000_u32)?;
     a.mov(eax, 0xc3_u32)?;
     a.rep().stosb()?;
     Ok(())
+}
+
+fn print(a: &mut CodeAssembler, byte: u8) -> Result<(), IcedError> {
+    a.mov(edx, SERIAL)?;
+    a.mov(eax, u32::from(byte))?;
+    a.out(dx, al)
 }
 
 fn write_msr(a: &mut CodeAssembler, msr: u32, value: u64) -> Result<(), IcedError> {
@@ -233,9 +243,7 @@ fn actions(a: &mut CodeAssembler, l: &mut Labels, plan: &Plan<'_>) -> Result<(),
     // It is alive.
     a.test(r12d, 0xfff)?;
     a.jne(act)?;
-    a.mov(edx, SERIAL)?;
-    a.mov(eax, u32::from(b'.'))?;
-    a.out(dx, al)?;
+    print(a, b'.')?;
     a.set_label(&mut act)?;
     a.call(l.random)?;
     a.and(eax, 15)?;
@@ -284,6 +292,17 @@ fn actions(a: &mut CodeAssembler, l: &mut Labels, plan: &Plan<'_>) -> Result<(),
     a.mov(rdi, INPUT)?;
     a.mov(ecx, 256_u32)?;
     a.rep().movsb()?;
+    // Rings are empty, usually, when they are opened.
+    let mut as_they_are = a.create_label();
+    a.cmp(byte_ptr(INPUT + 16), OPEN_CHANNEL)?;
+    a.jne(as_they_are)?;
+    a.xor(eax, eax)?;
+    for ring in [RINGS, RINGS + RING_PAGES / 2 * 0x1000] {
+        a.mov(rdi, ring)?;
+        a.mov(ecx, 0x80_u32)?;
+        a.rep().stosb()?;
+    }
+    a.set_label(&mut as_they_are)?;
     a.call(l.random)?;
     a.test(eax, 3)?;
     a.jne(l.post)?;
@@ -383,9 +402,7 @@ fn actions(a: &mut CodeAssembler, l: &mut Labels, plan: &Plan<'_>) -> Result<(),
 
     // In the middle of whatever there was.
     a.set_label(&mut die)?;
-    a.mov(edx, SERIAL)?;
-    a.mov(eax, u32::from(b'R'))?;
-    a.out(dx, al)?;
+    print(a, b'R')?;
     write_msr(a, RESET, 1)?;
     a.hlt()?;
     a.jmp(die)
@@ -445,10 +462,11 @@ fn subroutines(a: &mut CodeAssembler, l: &mut Labels) -> Result<(), IcedError> {
     a.set_label(apic)?;
     a.mov(rax, 0xfee0_0001_u64)?;
     a.ret()?;
+    // Its message page or its event page: not the page that it calls.
     a.set_label(own)?;
-    a.and(eax, 0x3000)?;
-    a.mov(rcx, PAGES | 1)?;
-    a.or(rax, rcx)?;
+    a.and(eax, 0x1000)?;
+    a.mov(rcx, MESSAGE_PAGE | 1)?;
+    a.add(rax, rcx)?;
     a.ret()?;
 
     // The number of a synthetic register: ecx.
