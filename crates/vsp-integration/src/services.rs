@@ -298,8 +298,9 @@ impl Core {
             if state.is_held {
                 return None;
             }
+            let outcome = step(&mut state.protocol);
             state.steps += 1;
-            (step(&mut state.protocol), Turn(self))
+            (outcome, Turn(self))
         };
         if let Some(message) = outcome.message {
             self.send(service, &message);

@@ -15,9 +15,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Longest message that a service sends, behind the pipe's header: a shutdown.
 ///
-/// As a packet it has 24 bytes more in front (descriptor, pipe header), 2104 in all, which fits the 4096
-/// bytes that Linux has for a packet; and 8 behind in the ring, of which guests have three pages.
+/// As a packet it has 24 bytes more in front, descriptor and pipe header: 2104 in all, which fits the
+/// 4096 bytes that Linux has for one. With 8 more behind it fits every ring: the smallest has a page of
+/// data, Linux's here have three.
 pub const MAX_MESSAGE_BYTES: usize = size_of::<IcHeader>() + size_of::<ShutdownBody>();
+const _: () = assert!(MAX_MESSAGE_BYTES + 24 + 8 < 4096);
 
 /// Bytes of the text in a shutdown.
 pub const SHUTDOWN_TEXT_BYTES: usize = 2048;

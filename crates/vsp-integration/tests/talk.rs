@@ -18,7 +18,7 @@ use vsp_integration::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-use common::{Linux, NOW, SECOND, V1, V3, World, split};
+use common::{Guest, Linux, NOW, SECOND, V1, V3, World, split};
 
 const POWER_OFF: ShutdownRequest = ShutdownRequest { kind: ShutdownKind::PowerOff, force: false };
 
@@ -286,7 +286,17 @@ fn a_reason_fits_or_is_refused_by_its_length() {
 /// descriptor; its ring has three pages of data.
 #[test]
 fn a_shutdown_fits_the_buffers_and_the_ring_of_a_guest() {
-    let mut world = World::new();
+    for pages in [1, 3] {
+        let mut world = World::empty();
+        let linux = Some(Linux::new(Service::Shutdown));
+        world.guests.push(Guest::open_with(&world.bus, Service::Shutdown, linux, pages));
+        world.settle();
+        world.forget();
+        shut_down_often(&mut world);
+    }
+}
+
+fn shut_down_often(world: &mut World) {
     world.guest(Service::Shutdown).linux = None;
     for _ in 0..100 {
         // Neither end is ever full: the ring wraps many times.

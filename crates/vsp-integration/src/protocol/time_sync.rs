@@ -102,3 +102,27 @@ impl TimeSync {
         self.dialogue.request(body.as_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn file_time_counts_from_1601_and_ends_somewhere() {
+        const EPOCH: u64 = 116_444_736_000_000_000;
+        // 369 years before 1970, of which 89 were leap years.
+        let before = Duration::from_secs((369 * 365 + 89) * 86_400);
+        for (what, time, expected) in [
+            ("1970", UNIX_EPOCH, EPOCH),
+            ("1601", UNIX_EPOCH - before, 0),
+            ("1600", UNIX_EPOCH - before - Duration::from_secs(1), 0),
+            ("a unit", UNIX_EPOCH + Duration::from_nanos(199), EPOCH + 1),
+            ("a second", UNIX_EPOCH + Duration::from_secs(1), EPOCH + 10_000_000),
+            ("too far", UNIX_EPOCH + Duration::from_secs(1 << 42), u64::MAX),
+        ] {
+            assert_eq!(FileTime::from(time), FileTime(expected), "{what}");
+        }
+    }
+}

@@ -177,11 +177,24 @@ impl Guest {
         service: Service,
         linux: Option<Linux>,
     ) -> Self {
+        Self::open_with(bus, service, linux, 3)
+    }
+
+    /// With so many pages of data in each ring.
+    pub(crate) fn open_with(
+        bus: &Arc<impl Bus + 'static>,
+        service: Service,
+        linux: Option<Linux>,
+        pages: u32,
+    ) -> Self {
         let channel = Channel::allocate(Side::Client, Arc::clone(bus) as Arc<dyn Bus>);
         let (interface, instance) = (service.interface(), service.instance());
         channel.client_init_set_target_pnp(interface, Some(instance), None).unwrap();
         channel.init_set_flags(ChannelFlags::IS_PIPE).unwrap();
-        channel.client_init_set_ring_buffer_page_count(4, 4).unwrap();
+        if pages == 1 {
+            channel.init_set_maximum_packet_size(2080).unwrap(); // what it asks for holds its own
+        }
+        channel.client_init_set_ring_buffer_page_count(1 + pages, 1 + pages).unwrap();
         let inbox = Arc::new(Inbox::default());
         channel.init_set_process_packet_callbacks(inbox.clone()).unwrap();
         channel.enable().unwrap();
