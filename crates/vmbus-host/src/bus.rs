@@ -402,7 +402,11 @@ impl Bus for HostBus {
                 Ok(Box::new(HostLink::new(self.clone(), offer)))
             }
             Err(error) => {
-                tracing::warn!(%error, "offer refused");
+                // A guest can cause it: each of its socket connections is an offer.
+                let logged = self.lock().refused.count();
+                if let Some(number) = logged {
+                    tracing::warn!(%error, number, "offer refused");
+                }
                 Err(match error {
                     OfferError::Clash { .. } => NtStatus::INVALID_PARAMETER,
                     OfferError::TooManyChannels { .. } => NtStatus::INSUFFICIENT_RESOURCES,
