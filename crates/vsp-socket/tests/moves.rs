@@ -170,6 +170,30 @@ fn where_the_guest_goes_on_its_connections_are_reset() {
     world.assert_nothing_left();
 }
 
+/// The guest has closed, and nobody has looked after it yet: the offer stands, and is saved.
+#[test]
+fn a_connection_that_was_just_closed_is_withdrawn_elsewhere() {
+    let mut world = World::new();
+    let listener = world.listener(52);
+    let (socket, _program) = world.guest_connects(&listener, 52);
+    socket.close();
+    for channel in world.driver.channels() {
+        channel.process(64);
+    }
+    let frozen = world.broker().freeze().unwrap();
+    let (bus, sockets) = world.save(&frozen);
+    frozen.move_away();
+    world.broker = None;
+    world.next_host(&bus);
+    let (bus, driver) = (world.bus.clone(), world.driver.clone());
+    let config = SocketConfig::new(world.path());
+    let restoring = SocketBroker::restoring(bus, driver, config, &sockets[..]).unwrap();
+    assert_eq!(restoring.connections(), 1);
+    world.bus.finish_restore().unwrap();
+    world.broker = Some(restoring.start());
+    world.assert_nothing_left();
+}
+
 /// A guest can go on without sockets.
 #[test]
 fn connections_are_withdrawn_where_there_are_no_sockets() {
