@@ -118,7 +118,7 @@ impl Random {
             4 => self.below(256),
             5 => 1 << 40 | self.next() & !0xfff | 1,
             6 => u64::MAX,
-            _ => MESSAGE_PAGE + self.below(2) * PAGE | 1,
+            _ => (MESSAGE_PAGE + self.below(2) * PAGE) | 1,
         }
     }
 }
@@ -357,7 +357,8 @@ impl Guest {
         self.memory.fill(RINGS, RING_PAGES * PAGE, 0).unwrap();
         let mut told = Vec::new();
         // As far as the first channel's open.
-        for message in self.conversation[..4].to_vec() {
+        let opening: Vec<_> = self.conversation.iter().take(4).copied().collect();
+        for message in opening {
             self.memory.write(INPUT, &message).unwrap();
             let status = self.call(0x5c, INPUT);
             assert_eq!(status, HypercallStatus::SUCCESS, "seed {seed:#x}: {:x?}", &message[..32]);
