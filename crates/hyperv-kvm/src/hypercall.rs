@@ -148,8 +148,6 @@ pub(crate) const PAGE_CODE_AFTER_KVM: [u8; 36] = {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     use std::io;
     use std::sync::Arc;
 

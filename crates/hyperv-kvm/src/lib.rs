@@ -45,6 +45,6 @@ mod vp;
 pub use error::Error;
 pub use partition::{Partition, PartitionConfig};
 pub use probe::Mode;
-pub use save::PartitionState;
+pub use save::{Clocks, PartitionState};
 pub use state::StateError;
 pub use vp::{CrashReport, Outcome, Vp};

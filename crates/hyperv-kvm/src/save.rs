@@ -32,16 +32,47 @@ pub struct PartitionState {
     pub synics: Vec<SynicRecord>,
 }
 
+/// Where the clocks of a guest stand.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Clocks {
+    tsc: u64,
+    clock_ns: u64,
+    reference_time: u64,
+}
+
 impl Partition {
+    /// Where the clocks stand now. `first` is the vCPU of index 0.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn clocks(&self, first: &VcpuFd) -> Result<Clocks, Error> {
+        let port = self.port();
+        let tsc = msrs::get(first, TSC)?.unwrap_or(0);
+        let clock_ns = port.vm.get_clock().map_err(Error::kvm("KVM_GET_CLOCK"))?.clock;
+        let reference_time = match port.mode {
+            Mode::Kernel => synthetic::reference_time(first)?,
+            Mode::User => port.reference_time(),
+        };
+        Ok(Clocks { tsc, clock_ns, reference_time })
+    }
+
     /// Saves the partition and its `vcpus`, in the order of their indices.
     ///
     /// All of them stand, each with its last exit completed: KVM_RUN was called again with *immediate
     /// exit* set, and said EINTR. The bus is saved by itself: [`HostBus::hold`](vmbus_host::HostBus::hold).
     /// Nothing changes by being saved, and the guest may go on afterwards.
     ///
+    /// `clocks` are of a moment since which no vCPU has run: for who restores the guest, no time has passed
+    /// from then on.
+    ///
     /// # Errors
     /// [`Error::NoVp`] where `vcpus` are too few or too many; [`Error::Kvm`].
-    pub fn save(&self, numbers: &MsrNumbers, vcpus: &[&VcpuFd]) -> Result<PartitionState, Error> {
+    pub fn save(
+        &self,
+        numbers: &MsrNumbers,
+        clocks: Clocks,
+        vcpus: &[&VcpuFd],
+    ) -> Result<PartitionState, Error> {
         let port = self.port();
         let (found, count) = (u32::try_from(vcpus.len()).unwrap_or(u32::MAX), port.vp_count());
         let Some(first) = vcpus.first().filter(|_| found == count) else {
@@ -56,7 +87,7 @@ impl Partition {
             processors.push(record);
             synics.push(save_synic(index, port, vcpu)?);
         }
-        Ok(PartitionState { partition: save_shared(port, first)?, processors, synics })
+        Ok(PartitionState { partition: save_shared(port, clocks, first)?, processors, synics })
     }
 }
 
@@ -67,7 +98,7 @@ fn tsc_ahead(first: &VcpuFd, vcpu: &VcpuFd) -> u64 {
     offsets.map_or(0, |(own, first)| own.wrapping_sub(first))
 }
 
-fn save_shared(port: &Port, first: &VcpuFd) -> Result<PartitionRecord, Error> {
+fn save_shared(port: &Port, clocks: Clocks, first: &VcpuFd) -> Result<PartitionRecord, Error> {
     let vm = &port.vm;
     let (mode, globals) = match port.mode {
         Mode::Kernel => (SynicMode::Kernel, synthetic::globals(first)?),
@@ -84,13 +115,7 @@ fn save_shared(port: &Port, first: &VcpuFd) -> Result<PartitionRecord, Error> {
     let pic_master = chip(KVM_IRQCHIP_PIC_MASTER, size_of::<kvm_pic_state>())?;
     let pic_slave = chip(KVM_IRQCHIP_PIC_SLAVE, size_of::<kvm_pic_state>())?;
     let io_apic = chip(KVM_IRQCHIP_IOAPIC, size_of::<kvm_ioapic_state>())?;
-    // Clocks are read last, and one behind the other: time stands still from here on.
-    let tsc = msrs::get(first, TSC)?.unwrap_or(0);
-    let clock_ns = vm.get_clock().map_err(Error::kvm("KVM_GET_CLOCK"))?.clock;
-    let reference_time = match port.mode {
-        Mode::Kernel => synthetic::reference_time(first)?,
-        Mode::User => port.reference_time(),
-    };
+    let Clocks { tsc, clock_ns, reference_time } = clocks;
     Ok(PartitionRecord {
         mode: mode.into(),
         tsc_khz: port.tsc_khz,

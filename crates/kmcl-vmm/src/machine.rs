@@ -13,12 +13,12 @@ mod processor;
 mod restore;
 mod save;
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use hyperv_kvm::restore::MsrNumbers;
-use hyperv_kvm::{Mode, Partition, PartitionConfig, Vp};
+use hyperv_kvm::{Clocks, Mode, Partition, PartitionConfig, Vp};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmbus_host::HostBus;
@@ -185,8 +185,9 @@ impl Machine {
         let processors = vcpus.into_iter();
         let processors: Vec<_> =
             processors.map(|(vp, vcpu)| Arc::new(Mutex::new(Processor { vp, vcpu }))).collect();
+        let (threads, stood) = (Vec::new(), Mutex::new(None));
         let mut running =
-            Running { shared, threads: Vec::new(), processors, counters, partition, numbers, ram };
+            Running { shared, threads, processors, counters, partition, numbers, stood, ram };
         for (index, processor) in running.processors.iter().enumerate() {
             let (shared, processor) = (Arc::clone(&running.shared), Arc::clone(processor));
             let thread = std::thread::Builder::new().name(format!("vcpu{index}"));
@@ -205,6 +206,8 @@ pub struct Running {
     counters: Vec<KvmCounters>,
     partition: Partition,
     numbers: MsrNumbers,
+    /// Where the guest's clocks stood when it came to a stand.
+    stood: Mutex<Option<Clocks>>,
     /// Mapped into the guest for as long as it runs.
     ram: Ram,
 }
@@ -234,27 +237,42 @@ impl Running {
         self.shared.console.type_in(bytes)
     }
 
-    /// Brings the processors to a stand, each between two instructions, and returns when all stand. The
-    /// guest's clocks go on. A machine that stands already goes on standing.
+    /// Brings the processors to a stand, each between two instructions, and returns when all stand. For a
+    /// guest that is resumed its clocks have gone on; for one that is saved and restored they have not. A
+    /// machine that stands already goes on standing.
     ///
     /// # Errors
     /// [`Error::Ended`]; [`Error::DoesNotStand`] where a processor does not come out of an exit for half a
-    /// minute: all of them run again.
+    /// minute: all of them run again; [`Error::HyperV`] where KVM does not tell where clocks stand: likewise.
     pub fn pause(&self) -> Result<(), Error> {
+        let mut stood = self.stood.lock().unwrap_or_else(PoisonError::into_inner);
         let count = u32::try_from(self.threads.len()).unwrap_or(u32::MAX); // at most 16
-        let stood = self.shared.gate.stand(Instant::now() + STAND_WITHIN, |index| {
+        let all_stand = self.shared.gate.stand(Instant::now() + STAND_WITHIN, |index| {
             if let Some(thread) = self.threads.get(index) {
                 let _already_over = thread.kill(kick_signal());
             }
         });
-        stood.map_err(|why| match why {
+        all_stand.map_err(|why| match why {
             DoNotStand::Stopped => Error::Ended,
             DoNotStand::TooLong { standing } => Error::DoesNotStand { standing, count },
-        })
+        })?;
+        if stood.is_none()
+            && let Some(first) = self.processors.first()
+        {
+            let clocks = self.partition.clocks(&processor::lock(first).vcpu);
+            *stood = Some(clocks.inspect_err(|_| self.shared.gate.open())?);
+        }
+        Ok(())
+    }
+
+    /// Where the guest's clocks stood when it came to a stand.
+    fn clocks(&self) -> Option<Clocks> {
+        *self.stood.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets a machine that stands go on. One that runs, or has ended, is left as it is.
     pub fn resume(&self) {
+        *self.stood.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.shared.gate.open();
     }
 

@@ -88,7 +88,8 @@ fn numbers(kvm: &Kvm) -> MsrNumbers {
 }
 
 fn save(partition: &Partition, kvm: &Kvm, vcpus: &[&VcpuFd]) -> PartitionState {
-    partition.save(&numbers(kvm), vcpus).unwrap()
+    let clocks = partition.clocks(vcpus[0]).unwrap();
+    partition.save(&numbers(kvm), clocks, vcpus).unwrap()
 }
 
 fn tsc(vcpu: &VcpuFd) -> u64 {

@@ -90,8 +90,8 @@ impl Running {
     /// Saves the machine: processors, Hyper-V's interfaces, serial port; not its memory, its bus and its
     /// devices. It stands, and goes on standing.
     ///
-    /// The state is of this moment: clocks go on in it where they are now. So this comes when everything
-    /// else stands that can interrupt the guest.
+    /// This comes when everything else stands that can interrupt the guest. The guest's clocks are saved as
+    /// they were when it was paused.
     ///
     /// # Errors
     /// [`Error::NotPaused`]; [`Error::HyperV`] where KVM refuses.
@@ -107,7 +107,8 @@ impl Running {
             return Err(Error::NotPaused);
         }
         let vcpus: Vec<&VcpuFd> = held.iter().map(|processor| &processor.vcpu).collect();
-        let state = self.partition.save(&self.numbers, &vcpus)?;
+        let clocks = self.clocks().ok_or(Error::NotPaused)?;
+        let state = self.partition.save(&self.numbers, clocks, &vcpus)?;
         let processors = u32::try_from(held.len()).unwrap_or(u32::MAX); // at most 16
         let machine = record_of(processors, &self.shared.console.state());
         MachineSave::new(machine, state).map_err(Error::Write)
