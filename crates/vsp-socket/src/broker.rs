@@ -27,7 +27,7 @@ use crate::poller::{EVENTS, Poller, Ready};
 use guest_side::Queued;
 use host_side::Program;
 
-pub use frozen::{FrozenSockets, SocketsSave};
+pub use frozen::{FrozenSockets, SAVED_INTERFACE, SocketsSave};
 pub use restore::{AdoptedSockets, RestoringSockets, SocketRestoreError};
 
 /// The poller's names for what is no connection.
@@ -394,7 +394,7 @@ impl Turn {
                 self.connections.remove(&event.token);
                 self.listen(core);
             }
-            _ => {}
+            _ => connection.ask_again(),
         }
     }
 

@@ -157,6 +157,11 @@ impl Connection {
         self.state().asked = EventFlags::empty();
     }
 
+    /// What was told is done with, as far as it could be.
+    pub(crate) fn ask_again(&self) {
+        self.ask(&mut self.state());
+    }
+
     /// Goes on after a freeze: what was told meanwhile is asked for again, and limits begin anew.
     pub(crate) fn go_on(&self) {
         let mut state = self.state();

@@ -95,8 +95,8 @@ mod listener;
 mod poller;
 
 pub use broker::{
-    AdoptedSockets, FrozenSockets, RestoringSockets, SocketBroker, SocketConfig, SocketCounts,
-    SocketRestoreError, SocketsSave,
+    AdoptedSockets, FrozenSockets, RestoringSockets, SAVED_INTERFACE, SocketBroker, SocketConfig,
+    SocketCounts, SocketRestoreError, SocketsSave,
 };
 pub use driver::Driver;
 pub use error::{BindError, FreezeError, SocketError};

@@ -159,6 +159,9 @@ fn a_slow_program_gets_what_was_left_when_the_guest_closed() {
     world.settle();
     assert_eq!(world.counts(), (0, 1, 0, 0), "only bytes for the program are left");
     world.assert_guest_has_nothing();
+    // What it sends itself is for nobody any more, and keeps nothing from it.
+    assert_eq!(write_some(&mut program, b"too late"), 8);
+    world.settle();
     world.tick(0);
     world.tick(60_000);
     let mut got = Vec::new();

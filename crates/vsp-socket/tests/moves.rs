@@ -252,7 +252,7 @@ fn states_that_cannot_be_are_refused() {
         let info = StreamInfo {
             stream: StreamKind::DEVICE,
             flags: HeaderFlags::default(),
-            interface_type: vmbus_wire::hvsock::VSOCK_TEMPLATE,
+            interface_type: vsp_socket::SAVED_INTERFACE,
             interface_instance: kmcl::Guid::ZERO,
             producer: Producer::new("test").unwrap(),
             chunks: u32::try_from(chunks.len()).unwrap() + 2,

@@ -18,8 +18,8 @@ use super::{Core, SocketBroker};
 use crate::connection::Names;
 use crate::error::FreezeError;
 
-/// What a saved state calls the sockets of a guest.
-pub(super) const INTERFACE: Guid = VSOCK_TEMPLATE;
+/// The interface type of the sockets' stream in a saved state; its instance is all zeros.
+pub const SAVED_INTERFACE: Guid = VSOCK_TEMPLATE;
 
 impl SocketBroker {
     /// Freezes all connections: see [`FrozenSockets`]. Waits for callbacks that run, and for nothing else.
@@ -54,7 +54,7 @@ pub struct FrozenSockets {
 }
 
 impl FrozenSockets {
-    /// The state to be saved: a stream of kind [`StreamKind::DEVICE`].
+    /// The state to be saved: a stream of kind [`StreamKind::DEVICE`] with [`SAVED_INTERFACE`].
     ///
     /// # Errors
     /// [`WriteError`] where the state cannot be said in the version of the format that is asked for.
@@ -131,7 +131,7 @@ impl SocketsSave {
         let info = StreamInfo {
             stream: StreamKind::DEVICE,
             flags: HeaderFlags::default(),
-            interface_type: INTERFACE,
+            interface_type: SAVED_INTERFACE,
             interface_instance: Guid::ZERO,
             producer: options.producer,
             chunks: count.saturating_add(3),

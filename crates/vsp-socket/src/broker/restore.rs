@@ -18,7 +18,7 @@ use saved_state::{Chunk, ReadError, Record, StreamKind, StreamReader};
 use vmbus_host::HostBus;
 use vmbus_wire::guid::Guid;
 
-use super::frozen::INTERFACE;
+use super::frozen::SAVED_INTERFACE;
 use super::{Core, SocketBroker, SocketConfig, prepare};
 use crate::connection::Names;
 use crate::driver::Driver;
@@ -185,7 +185,7 @@ struct Saved {
 impl Saved {
     fn read(state: impl Read) -> Result<Self, SocketRestoreError> {
         let reader = StreamReader::new(StreamKind::DEVICE, KINDS);
-        let mut reader = reader.of_interface(INTERFACE, Guid::ZERO);
+        let mut reader = reader.of_interface(SAVED_INTERFACE, Guid::ZERO);
         let mut input = ChunkInput::new(state);
         let mut saved: Option<(Self, u32)> = None;
         let mut last = 0;
