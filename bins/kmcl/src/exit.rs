@@ -75,6 +75,9 @@ pub(crate) struct Failure {
     /// For [`Exit::Mismatch`]: the first byte of the disk that differs.
     #[serde(skip_serializing_if = "Option::is_none")]
     first_difference: Option<u64>,
+    /// What of a saved state is not as it must be: a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(crate) differences: Vec<String>,
 }
 
 /// What a command hands back.
@@ -88,6 +91,7 @@ impl Failure {
             what: one_line(&what.to_string()),
             advice: one_line(&advice.to_string()),
             first_difference: None,
+            differences: Vec::new(),
         }
     }
 
@@ -109,6 +113,12 @@ impl Failure {
     /// The system is at fault.
     pub(crate) fn system(what: impl fmt::Display, advice: impl fmt::Display) -> Self {
         Self::new(Exit::System, what, advice)
+    }
+
+    /// Something that was saved does not fit here, in each of these ways.
+    pub(crate) fn differences(what: impl fmt::Display, differences: &[String]) -> Self {
+        let differences = differences.iter().map(|line| one_line(line)).collect();
+        Self { differences, ..Self::new(Exit::Mismatch, what, "") }
     }
 
     /// Byte `offset` of the disk is the first that differs.

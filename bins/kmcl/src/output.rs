@@ -114,7 +114,11 @@ impl Output {
         let error = Error { exit_code: failure.exit as u8, failure };
         let line = match json_of(&Line { error }) {
             Ok(json) if self.json => json,
-            _ => format!("kmcl: {failure}"),
+            _ => failure.differences.iter().fold(format!("kmcl: {failure}"), |mut text, line| {
+                text.push_str("\nkmcl:   ");
+                text.push_str(line);
+                text
+            }),
         };
         // A caller who has closed standard error still gets the exit code.
         let _ = writeln!(io::stderr(), "{line}");

@@ -57,6 +57,7 @@ const BOOT_FLAG: u16 = 0xaa55;
 
 /// Loads everything and returns where the first processor begins.
 pub(crate) fn load(ram: &Ram, config: &BootConfig, vps: u32) -> Result<u64, Error> {
+    let command_line = command_line(config)?;
     let kernel = load_kernel(ram, &config.kernel)?;
     let mut params = boot_params::default();
     let entry = match kernel.setup_header {
@@ -70,7 +71,6 @@ pub(crate) fn load(ram: &Ram, config: &BootConfig, vps: u32) -> Result<u64, Erro
     params.hdr.header = MAGIC;
     params.hdr.type_of_loader = OTHER_LOADER;
 
-    let command_line = command_line(config)?;
     load_cmdline(&*ram.map, GuestAddress(COMMAND_LINE), &command_line)
         .map_err(|error| Error::CommandLine(error.to_string()))?;
     // Constants below 4 GiB.
@@ -111,6 +111,10 @@ fn load_kernel(ram: &Ram, path: &Path) -> Result<KernelLoaderResult, Error> {
 }
 
 fn command_line(config: &BootConfig) -> Result<Cmdline, Error> {
+    let (bytes, most) = (config.command_line.len(), COMMAND_LINE_BYTES - 1);
+    if bytes > most {
+        return Err(Error::CommandLine(format!("{bytes} bytes, at most {most} fit")));
+    }
     Cmdline::try_from(&config.command_line, COMMAND_LINE_BYTES)
         .map_err(|error| Error::CommandLine(error.to_string()))
 }

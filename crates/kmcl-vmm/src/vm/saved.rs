@@ -222,7 +222,7 @@ mod tests {
             let folder = NewFolder::create(&here(destination)).unwrap();
             folder.file("state").unwrap();
             assert!(folder.file("state").is_err(), "twice");
-            assert!(!here("b").join("state").exists(), "not before all is there");
+            assert!(!here(destination).join("state").exists(), "not before all is there");
             folder.file("memory").unwrap();
             folder.keep(&config()).unwrap();
             assert_eq!(read_config(&here(destination)).unwrap().config, config());

@@ -158,6 +158,9 @@ fn wait_for(interrupt: &Interrupt) {
 /// What kind of failure an error of a VM is.
 pub(super) fn failure(error: VmError) -> Failure {
     use kmcl_vmm::Error as Machine;
+    if let VmError::Differences(lines) = &error {
+        return Failure::differences("the saved VM cannot go on here, and was not started", lines);
+    }
     let exit = match &error {
         VmError::Disk(_) | VmError::Controller { .. } | VmError::Unsettled { .. } => Exit::Disk,
         VmError::Machine(
@@ -168,7 +171,7 @@ pub(super) fn failure(error: VmError) -> Failure {
             | Machine::CommandLine(_),
         )
         | VmError::Taken { .. } => Exit::Usage,
-        VmError::Unrestorable { .. } | VmError::Differences(_) => Exit::Mismatch,
+        VmError::Unrestorable { .. } => Exit::Mismatch,
         VmError::Guest(_) | VmError::Silent { .. } => Exit::Peer,
         _ => Exit::System,
     };
