@@ -12,7 +12,7 @@
 //! Each step takes the one before it, and only the last one gives the vCPUs back: another order does not
 //! compile. A step that fails drops all of it; nothing of the guest has run then.
 //!
-//! ```compile_fail
+//! ```compile_fail,E0599
 //! # fn vcpus_before_channels(step: hyperv_kvm::restore::RestoredProcessors) {
 //! let _restored = step.finish().unwrap(); // there is no such method yet
 //! # }
