@@ -175,6 +175,18 @@ impl MemoryIndex {
         Self { form, regions, parts: vec![Part::default(); parts] }
     }
 
+    /// Says of each part where in the file it is: that follows from the lengths.
+    pub(super) fn place_parts(&mut self) {
+        let mut stored = 0;
+        for (number, part) in (0..).zip(&mut self.parts) {
+            part.at = match self.form {
+                Form::Plain => number * PART_BYTES,
+                Form::Zstd => stored,
+            };
+            stored += u64::from(part.length); // at most 2^19 parts of little more than 2^21 bytes
+        }
+    }
+
     /// Bytes of memory.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
@@ -256,8 +268,6 @@ struct Reading {
     file: Option<(MemoryFileRecord, Form)>,
     regions: Vec<Placed>,
     parts: Vec<Part>,
-    /// Bytes of frames that were told of.
-    stored: u64,
 }
 
 impl Reading {
@@ -329,16 +339,15 @@ impl Reading {
         }
         for (length, checksum) in lengths.iter().zip(checksums) {
             let (length, checksum) = (u32::from_le_bytes(*length), u32::from_le_bytes(*checksum));
-            let part = self.parts.len() as u64;
-            let (at, most) = match form {
-                Form::Plain => (part * PART_BYTES, PART_LEN),
-                Form::Zstd => (self.stored, MAX_FRAME_BYTES),
+            let most = match form {
+                Form::Plain => PART_LEN,
+                Form::Zstd => MAX_FRAME_BYTES,
             };
             if length > most {
+                let part = self.parts.len() as u64;
                 return Err(IndexError::Length { part, length, most });
             }
-            self.stored += u64::from(length); // at most 2^19 parts of little more than 2^21 bytes
-            self.parts.push(Part { at, length, checksum });
+            self.parts.push(Part { at: 0, length, checksum });
         }
         Ok(())
     }
@@ -360,7 +369,8 @@ impl Reading {
         }
         let stated = file.file_bytes;
         let Self { regions, parts, .. } = self;
-        let index = MemoryIndex { form, regions, parts };
+        let mut index = MemoryIndex { form, regions, parts };
+        index.place_parts();
         let found = index.file_bytes();
         if stated != found {
             return Err(IndexError::FileBytes { stated, found });
@@ -464,14 +474,12 @@ mod tests {
 
     fn index(form: Form) -> MemoryIndex {
         let mut index = MemoryIndex::zeros(form, regions());
-        let mut at = 0;
         for (number, part) in index.parts.iter_mut().enumerate() {
             let length = [0, 4096, 8192][number % 3];
             let checksum = if length == 0 { 0 } else { 7 + u32::try_from(number).unwrap() };
-            let plain_at = number as u64 * PART_BYTES;
-            *part = Part { at: if form == Form::Plain { plain_at } else { at }, length, checksum };
-            at += u64::from(length);
+            *part = Part { at: 0, length, checksum };
         }
+        index.place_parts();
         index
     }
 
@@ -499,9 +507,8 @@ mod tests {
     fn the_largest_index_comes_back() {
         let all = vec![Placed { gpa: 0, offset: 0, len: MOST }];
         let mut index = MemoryIndex::zeros(Form::Plain, all);
-        for (number, part) in (0..).zip(&mut index.parts) {
-            *part = Part { at: number * PART_BYTES, length: PART_LEN, checksum: 9 };
-        }
+        index.parts.fill(Part { at: 0, length: PART_LEN, checksum: 9 });
+        index.place_parts();
         let bytes = stream(&index);
         assert!(bytes.len() < 5 << 20, "{} bytes", bytes.len());
         assert_eq!(MemoryIndex::read(&bytes[..]).unwrap(), index);

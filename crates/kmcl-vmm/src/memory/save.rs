@@ -110,9 +110,8 @@ fn write(
         lanes::run(busy);
         // In the order of the parts, so that the same memory gives the same file.
         for lane in &mut *busy {
-            let mut part = lane.outcome.take().unwrap_or(Ok(Part::default()))?;
+            let part = lane.outcome.take().unwrap_or(Ok(Part::default()))?;
             if form == Form::Zstd {
-                part.at = written_bytes;
                 file.write_all_at(lane.frame(part), written_bytes).map_err(Failed::File)?;
             }
             written_bytes += u64::from(part.length);
@@ -127,11 +126,7 @@ fn write(
             break;
         }
     }
-    if form == Form::Plain {
-        for (number, part) in (0..).zip(&mut index.parts) {
-            part.at = number * PART_BYTES;
-        }
-    }
+    index.place_parts();
     Ok(index)
 }
 
@@ -182,7 +177,7 @@ impl<'a> SaveLane<'a> {
             self.file.write_all_at(bytes, at + run.start as u64).map_err(Failed::File)?;
         }
         if length == 0 {
-            return Ok(Part { at, ..Part::default() });
+            return Ok(Part::default());
         }
         let checksum = crc32c::crc32c(&self.content);
         if let Some(compressor) = &mut self.compressor {
@@ -190,7 +185,7 @@ impl<'a> SaveLane<'a> {
             length = frame.map_err(Failed::File)?;
         }
         let length = u32::try_from(length).unwrap_or(u32::MAX); // at most MAX_FRAME_BYTES
-        Ok(Part { at, length, checksum })
+        Ok(Part { at: 0, length, checksum })
     }
 }
 

@@ -119,6 +119,11 @@ fn memory_comes_back_in_every_way() {
         assert_eq!(restored.loaded_bytes(), LEAST);
         assert_same(&ram, &restored, "lazy, loaded");
 
+        // Saved while it is still being loaded, what is missing is not taken for zeros.
+        let again = dir.path().join("at once");
+        assert_eq!(save(&lazy(&path, &index), &again, compression), index);
+        fs::remove_file(&again).unwrap();
+
         // And once more from what was restored, to the same file byte by byte.
         let again = dir.path().join("again");
         assert_eq!(save(&restored, &again, compression), index);
