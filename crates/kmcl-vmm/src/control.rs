@@ -48,7 +48,8 @@ use rustix::io::Errno;
 
 pub use api::{
     Compression, ControlError, Controlled, Counters, Crash, DiskAddress, ErrorKind, Heartbeat,
-    HeartbeatState, Hex, Info, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
+    HeartbeatState, Hex, Info, Progress, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest,
+    State,
 };
 pub use call::{API_ROOT, REQUESTS};
 pub use exchange::{ANSWER_PATIENCE, REQUEST_PATIENCE};

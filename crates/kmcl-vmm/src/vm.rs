@@ -29,7 +29,7 @@ use crate::boot::BootConfig;
 use crate::config::{DiskConfig, OnReset, SynicMode, VmConfig};
 use crate::control::{
     ControlError, Controlled, Counters, Crash, DiskAddress, Heartbeat, HeartbeatState, Info,
-    RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
+    Progress, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
 };
 use crate::devices::{Devices, Disks, Ticking};
 use crate::event::{End, Events, MachineEvent};
@@ -376,6 +376,9 @@ impl Controlled for VmHandle {
             vmbus_version: version.map(|version| version.to_string()),
             heartbeat: status.services.upgrade().map_or_else(no_heartbeat, |it| heartbeat(&it)),
             last_crash: status.last_crash.clone(),
+            progress: status
+                .progress
+                .map(|it| Progress { done_bytes: it.done_bytes, total_bytes: it.total_bytes }),
         })
     }
 

@@ -155,6 +155,7 @@ fn schemas_are_those_of_the_program() {
     let disk: DiskConfig = sample(r#"{"id": "d", "path": "/d", "lun": 2}"#);
     hold(&api, "Heartbeat", &info.heartbeat);
     hold(&api, "Crash", info.last_crash.as_ref().unwrap());
+    hold(&api, "Progress", info.progress.as_ref().unwrap());
     hold(&api, "VmConfig", &info.config);
     hold(&api, "Info", &info);
     hold(&api, "DiskConfig", &disk);

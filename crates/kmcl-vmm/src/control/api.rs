@@ -111,6 +111,18 @@ pub struct Info {
     /// The last crash that the guest has reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_crash: Option<Crash>,
+    /// How far memory has come, while it is being saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+/// How far something has come.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Progress {
+    /// Bytes of memory that are done.
+    pub done_bytes: u64,
+    /// Bytes of memory in all.
+    pub total_bytes: u64,
 }
 
 /// What a VM does.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use kmcl_vmm::config::{DiskConfig, SynicMode};
 use kmcl_vmm::control::{
     ControlError, Controlled, Counters, Crash, DiskAddress, Heartbeat, HeartbeatState, Hex, Info,
-    RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
+    Progress, RemoveDiskRequest, SaveRequest, Saved, ShutdownRequest, State,
 };
 
 #[derive(Default)]
@@ -100,6 +100,7 @@ impl Controlled for NotedVm {
                 missed: 0,
             },
             last_crash: Some(crash),
+            progress: Some(Progress { done_bytes: 1 << 20, total_bytes: 64 << 20 }),
         })
     }
 

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use kmcl_vmm::control::client::{Client, Error};
@@ -14,6 +16,7 @@ use serde::Serialize;
 use crate::cli::vm::{AddDisk, Controlled, Ctl, RemoveDisk, Save, Shutdown};
 use crate::exit::{Exit, Failure, Result};
 use crate::output::{Output, Report, Table};
+use crate::progress::Length;
 use crate::size::Size;
 
 fn connect(vm: &Controlled) -> Result<Client> {
@@ -134,14 +137,44 @@ pub(super) fn save(arguments: &Save, output: &Output) -> Result<()> {
     let destination = absolute(&arguments.to)?;
     let keep_running = arguments.keep_running;
     let request = SaveRequest { destination, compression, keep_running };
-    let bar = output.progress("saving", crate::progress::Length::Unknown);
-    let saved = vm.save(&request).map_err(failure)?;
+    let saved = with_progress(&arguments.vm, output, || vm.save(&request))?;
+    let bar = output.progress("closing", Length::Unknown);
     if !keep_running {
         // Its images and its sockets are free once it has ended.
         vm.wait_for_end().map_err(failure)?;
     }
     drop(bar);
     output.report(&SavedReport { directory: &arguments.to, went_on: keep_running, saved })
+}
+
+/// How often a VM is asked how far it has come.
+const GLANCE: Duration = Duration::from_millis(250);
+
+/// Makes the request, and meanwhile shows how far the VM has come, by asking it on another connection.
+fn with_progress(
+    vm: &Controlled,
+    output: &Output,
+    save: impl FnOnce() -> Result<Saved, Error>,
+) -> Result<Saved> {
+    let (done, watching) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let Ok(mut asked) = Client::connect(&vm.control) else { return };
+            let mut bar = None;
+            let mut shown = 0;
+            while watching.recv_timeout(GLANCE) == Err(RecvTimeoutError::Timeout) {
+                let Ok(info) = asked.info() else { return };
+                let Some(progress) = info.progress else { continue };
+                let length = Length::Bytes(progress.total_bytes);
+                let bar = bar.get_or_insert_with(|| output.progress("saving memory", length));
+                bar.advance(progress.done_bytes.saturating_sub(shown));
+                shown = progress.done_bytes;
+            }
+        });
+        let saved = save();
+        drop(done);
+        saved.map_err(failure)
+    })
 }
 
 #[derive(Serialize)]

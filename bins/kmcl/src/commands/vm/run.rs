@@ -11,6 +11,7 @@ use kmcl_vmm::sandbox::{Error as SandboxError, Landlock, Paths, Sandbox};
 use kmcl_vmm::{ConsoleOutput, Notice, Observer, Vm, VmEnd, VmError, VmHost};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
 use super::console::{self, RawTerminal};
@@ -61,11 +62,21 @@ pub(super) fn host(arguments: &Host, output: Output) -> Result<VmHost> {
     Ok(VmHost { console, workers: arguments.workers, observer })
 }
 
+/// Lets this process have as many open files as it may: each of a guest's sockets takes three.
+fn raise_file_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        // Where it is refused, sockets are, once there are too many.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+}
+
 /// Has this process give up what the VM has no need of. `read` is what it reads beside what is in `config`.
 ///
 /// # Errors
 /// A [`Failure`] that names the file that is missing, or says what the system refuses.
 pub(super) fn enclose(config: &VmConfig, arguments: &Host, read: Vec<PathBuf>) -> Result<()> {
+    raise_file_limit();
     let mut paths = Paths::of(config);
     paths.read.extend(read);
     paths.write.extend(arguments.allow.iter().cloned());
