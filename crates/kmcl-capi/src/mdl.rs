@@ -80,50 +80,52 @@ impl MdlChain {
     #[inline]
     pub(crate) fn describe<'a>(
         &mut self,
-        ranges: impl Iterator<Item = GpaRange<'a>>,
+        mut ranges: impl Iterator<Item = GpaRange<'a>>,
         owner: Handle,
         is_read_only: bool,
     ) {
+        self.is_read_only = is_read_only;
+        self.was_mapped = false;
+        let first = ranges.next();
+        // Most chains are one range of one page.
+        if let Some(GpaRange { pfns: [pfn], .. }) = &first
+            && let Some(range) = &first
+            && let Some(room) = self.words.first_chunk_mut::<{ MDL_WORDS + 1 }>()
+        {
+            let [a, b, c, d, e, f] = head(range, owner);
+            *room = [a, b, c, d, e, f, *pfn];
+            let second = ranges.next();
+            if second.is_none() {
+                self.used = room.len();
+                return;
+            }
+            self.describe_all(first.into_iter().chain(second).chain(ranges), owner);
+        } else {
+            self.describe_all(first.into_iter().chain(ranges), owner);
+        }
+    }
+
+    #[inline(never)]
+    fn describe_all<'a>(&mut self, ranges: impl Iterator<Item = GpaRange<'a>>, owner: Handle) {
         let mut at = 0;
         let mut heads = 0_usize;
         for range in ranges {
-            let pages = range.pfns.len();
-            let end = at + MDL_WORDS + pages;
+            let end = at + MDL_WORDS + range.pfns.len();
             if end > self.words.len() {
-                self.grow(end);
+                self.words.resize(end, 0);
             }
             let room = self.words.get_mut(at..end).unwrap_or_default();
-            let Some((head, pfns)) = room.split_first_chunk_mut::<MDL_WORDS>() else { continue };
-            // As on Windows: 16 bits, whatever the list takes.
-            #[expect(clippy::cast_possible_truncation, reason = "documented to be cut off")]
-            let size = (size_of::<Mdl>() + pages * 8) as u16;
-            *head = [
-                0,
-                u64::from(size) | u64::from(LOCKED.cast_unsigned()) << 16,
-                owner.0,
-                0,
-                0,
-                u64::from(range.byte_count) | u64::from(range.byte_offset) << 32,
-            ];
-            match (&mut *pfns, range.pfns) {
-                // The usual case, without a call that copies.
-                ([to], [pfn]) => *to = *pfn,
-                _ => pfns.copy_from_slice(range.pfns),
+            if let Some((words, pfns)) = room.split_first_chunk_mut::<MDL_WORDS>() {
+                *words = head(&range, owner);
+                pfns.copy_from_slice(range.pfns);
             }
             at = end;
             heads += 1;
         }
         self.used = at;
-        self.is_read_only = is_read_only;
-        self.was_mapped = false;
         if heads > 1 {
             self.link();
         }
-    }
-
-    #[cold]
-    fn grow(&mut self, words: usize) {
-        self.words.resize(words, 0);
     }
 
     /// Now that the words stay where they are, each list can name the next.
@@ -144,6 +146,22 @@ impl MdlChain {
             at = next;
         }
     }
+}
+
+/// The structure of one list; its page frame numbers follow.
+#[inline]
+fn head(range: &GpaRange<'_>, owner: Handle) -> [u64; MDL_WORDS] {
+    // As on Windows: 16 bits, whatever the list takes.
+    #[expect(clippy::cast_possible_truncation, reason = "documented to be cut off")]
+    let size = (size_of::<Mdl>() + range.pfns.len() * 8) as u16;
+    [
+        0,
+        u64::from(size) | u64::from(LOCKED.cast_unsigned()) << 16,
+        owner.0,
+        0,
+        0,
+        u64::from(range.byte_count) | u64::from(range.byte_offset) << 32,
+    ]
 }
 
 /// Pages mapped side by side, whatever their numbers are; unmapped when dropped.
