@@ -87,6 +87,11 @@ impl Vm {
 
         // What is missing or different is told together, before anything takes long.
         let disks = Disks::open_all(&config.disks, config.controllers, &mut differences)?;
+        let (said, saved) = (config.memory_bytes, index.memory_bytes());
+        if said != saved {
+            differences
+                .push(format!("config.json says {said} bytes of memory, {saved} were saved"));
+        }
         if !differences.is_empty() {
             return Err(VmError::Differences(differences));
         }
