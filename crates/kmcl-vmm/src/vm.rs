@@ -12,6 +12,7 @@
 mod counters;
 mod crash;
 mod error;
+mod notices;
 mod restore;
 mod save;
 pub(crate) mod saved;
@@ -37,6 +38,8 @@ use crate::machine::{Machine, MachineConfig, Running};
 use crate::memory::MemoryProgress;
 use crate::serial::ConsoleOutput;
 use crate::workers::Workers;
+
+use notices::Notices;
 
 pub use error::VmError;
 pub use restore::RestoreOptions;
@@ -64,6 +67,8 @@ pub enum Notice {
     Restarted,
     /// Its guest has crashed, and says why.
     Crashed(Crash),
+    /// So many notices before this one were not given, because they came too fast.
+    Untold(u64),
     /// Memory that was to be read while the guest runs cannot be read: the file is damaged, or gone. The
     /// guest waits for it for ever, so the process has to end now.
     MemoryLost(String),
@@ -104,7 +109,7 @@ pub struct VmHandle {
 
 struct Shared {
     console: SharedConsole,
-    observer: Observer,
+    notices: Notices,
     workers: Arc<Workers>,
     since: Instant,
     /// Held for as long as the VM is changed.
@@ -231,10 +236,11 @@ impl Shared {
             progress: None,
             end: None,
         };
-        observer(&Notice::Running(mode));
+        let notices = Notices::new(observer);
+        notices.tell(&Notice::Running(mode));
         let core = Mutex::new(Core { config, disks, live: Some(live) });
         let (since, status) = (Instant::now(), Mutex::new(status));
-        let shared = Self { console, observer, workers, since, core, status };
+        let shared = Self { console, notices, workers, since, core, status };
         shared.note_disks(&shared.core());
         shared
     }
@@ -258,7 +264,7 @@ impl Shared {
             }
             status.last_crash = Some(crash.clone());
         }
-        (self.observer)(&Notice::Crashed(crash));
+        self.notices.tell_of_guest(&Notice::Crashed(crash));
     }
 
     /// The machine has ended: a new one, or the end of the VM.
@@ -284,7 +290,7 @@ impl Shared {
 
     /// A new machine, with the disks that there are.
     fn restart(&self, core: &mut Core) -> Result<Events, VmError> {
-        (self.observer)(&Notice::Restarted);
+        self.notices.tell_of_guest(&Notice::Restarted);
         let (live, events) = boot(&core.config, &core.disks, &self.workers, &self.console)?;
         {
             let mut status = self.status();

@@ -32,8 +32,10 @@ const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
         | IoctlDev
 });
 
-/// What may be done in a directory with sockets.
-const SOCKETS: BitFlags<AccessFs> = make_bitflags!(AccessFs::{MakeSock | RemoveFile | ResolveUnix});
+/// What may be done in a directory with sockets. Who makes or removes one locks the directory, and for that
+/// it is opened as if to be read.
+const SOCKETS: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{MakeSock | RemoveFile | ReadDir | ResolveUnix});
 
 /// What may be done with a device.
 const DEVICE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev});

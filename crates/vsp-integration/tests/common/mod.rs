@@ -128,7 +128,7 @@ impl Linux {
             let (head, rest) = NegotiateHead::mut_from_prefix(body).unwrap();
             let offered = <[Version]>::ref_from_bytes(rest).unwrap();
             let (first, second) = offered.split_at(head.frameworks.get().into());
-            assert_eq!(second.len(), head.messages.get().into());
+            assert_eq!(second.len(), usize::from(head.messages.get()));
             let choose = |known: &[Version], offered: &[Version]| {
                 known.iter().copied().find(|version| offered.contains(version))
             };

@@ -20,7 +20,13 @@ pub(super) fn run(arguments: &Restore, output: &Output) -> Result<()> {
         on_reset: arguments.host.on_reset.map(Into::into),
         lazy: arguments.lazy,
     };
-    let config = options.config().map_err(failure)?;
+    let mut config = options.config().map_err(failure)?;
+    // What is not there is told later, all of it together; and a kernel is needed only at a reset.
+    config.disks.retain(|disk| disk.path.exists());
+    config.initrd = config.initrd.filter(|path| path.exists());
+    if !config.kernel.exists() {
+        config.kernel.clone_from(&arguments.from);
+    }
     enclose(&config, &arguments.host, vec![arguments.from.clone()])?;
     let mut bar = None;
     let mut shown = 0;

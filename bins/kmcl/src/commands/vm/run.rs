@@ -108,6 +108,7 @@ fn tell(notice: &Notice, output: Output) {
             let text = crash.message.as_deref().unwrap_or("no text");
             ("crashed", format!("the guest says {}: {text}", numbers.join(" ")))
         }
+        Notice::Untold(count) => ("untold", format!("{count} notices, which came too fast")),
         Notice::MemoryLost(why) => {
             // The guest waits for a page that will never come, and whoever touches it with it.
             output.fail(&Failure::system(format_args!("the saved memory is lost: {why}"), ""));
