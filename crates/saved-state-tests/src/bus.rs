@@ -21,9 +21,14 @@ pub struct Machine {
 }
 
 /// A message of a guest: its number, then its fields.
-fn message(kind: u32, words: &[u32]) -> Vec<u8> {
+pub(crate) fn message(kind: u32, words: &[u32]) -> Vec<u8> {
     let words = [&[kind, 0], words].concat();
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// INITIATE_CONTACT for version 5.3, SINT 2 of VP 0.
+pub(crate) fn contact() -> Vec<u8> {
+    message(14, &[VERSION_5_3, 0, 2, 0, 0, 0, 0, 0])
 }
 
 impl Default for Machine {
@@ -62,7 +67,7 @@ impl Machine {
     /// INITIATE_CONTACT for version 5.3, SINT 2 of VP 0.
     #[must_use]
     pub fn contact(&self) -> Vec<u8> {
-        message(14, &[VERSION_5_3, 0, 2, 0, 0, 0, 0, 0])
+        contact()
     }
 
     /// The guest says something that the host accepts.

@@ -4,10 +4,12 @@
 //! that cannot restore them breaks a promise. [`STATES`] makes new ones when a version of the format is
 //! new, or when a state of a new kind is to be kept.
 
+use saved_state::machine::SynicMode;
+
 use crate::bus::{self, Machine};
 use crate::channel::{self, Fate, Server, Setup, external, request};
 use crate::guest::Standing;
-use crate::storage;
+use crate::{machine, services, sockets, storage};
 
 /// A state that is restored for ever.
 pub struct Golden {
@@ -244,6 +246,92 @@ pub const STATES: &[Golden] = &[
             server.move_away()
         },
     ),
+    services("services-closed", "integration services that nobody has opened", || {
+        services::Server::new().move_away()
+    }),
+    services(
+        "services-versions-offered",
+        "a guest that has not read which versions there are",
+        || services::Server::offered().move_away(),
+    ),
+    services(
+        "services-versions-chosen",
+        "a guest that has chosen; the host has not looked",
+        || {
+            let mut server = services::Server::offered();
+            server.answer(services::NEWEST);
+            server.move_away()
+        },
+    ),
+    services("services-refused", "a guest that knows none of the versions", || {
+        let mut server = services::Server::offered();
+        server.refuse();
+        server.move_away()
+    }),
+    services("services-agreed", "the newest versions: 3.0, 3.2 and 4.0; nothing is asked", || {
+        services::Server::agreed(services::NEWEST).move_away()
+    }),
+    services("services-agreed-oldest", "version 1.0 of each, and of the framework", || {
+        services::Server::agreed(services::OLDEST).move_away()
+    }),
+    services(
+        "services-asked",
+        "a heartbeat, a sample of the time and a reboot that the guest has not read",
+        || {
+            let mut server = services::Server::agreed(services::NEWEST);
+            server.ask();
+            server.move_away()
+        },
+    ),
+    services(
+        "services-shutdown-accepted",
+        "the same, and the guest has answered; the host has not looked",
+        || {
+            let mut server = services::Server::agreed(services::NEWEST);
+            server.ask();
+            server.answer(services::NEWEST);
+            server.move_away()
+        },
+    ),
+    services(
+        "services-rings-full",
+        "a guest that does not read: its rings are full, and one packet of each waits",
+        || {
+            let mut server = services::Server::agreed(services::NEWEST);
+            server.fill();
+            server.move_away()
+        },
+    ),
+    sockets("sockets-none", "a bus with sockets, and no connection", || {
+        sockets::Server::new().move_away(false)
+    }),
+    sockets(
+        "sockets-both-ways",
+        "a bus, and connections from the guest and from its host; one more is asked for",
+        || {
+            let mut server = sockets::Server::new();
+            server.guest_connects(10_000, 52);
+            server.host_connects(1024);
+            server.host_connects(1025);
+            server.move_away(true)
+        },
+    ),
+    machine(
+        "machine-kernel",
+        "one processor; KVM provides Hyper-V's interfaces, timers run",
+        || machine::machine(1, SynicMode::Kernel, b""),
+    ),
+    machine(
+        "machine-user",
+        "two processors, one of which waits; the VMM provides the interfaces; something is typed",
+        || machine::machine(2, SynicMode::User, b"root\n"),
+    ),
+    memory(
+        "memory-plain",
+        "64 MiB of memory, three parts of them not zeros, as they are",
+        machine::plain_memory,
+    ),
+    memory("memory-zstd", "the same, compressed", machine::compressed_memory),
     Golden {
         name: "server-between-processes",
         about: "a whole server, as `kmcl save` keeps it: transport, bus, controller, two channels with requests in flight",
@@ -262,6 +350,22 @@ const fn bus(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> 
 
 const fn storage(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
     Golden { name, about, make: Some(make), restore: storage::assert_goes_on }
+}
+
+const fn services(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
+    Golden { name, about, make: Some(make), restore: services::assert_goes_on }
+}
+
+const fn sockets(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
+    Golden { name, about, make: Some(make), restore: sockets::assert_goes_on }
+}
+
+const fn machine(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
+    Golden { name, about, make: Some(make), restore: machine::assert_is_a_machine }
+}
+
+const fn memory(name: &'static str, about: &'static str, make: fn() -> Vec<u8>) -> Golden {
+    Golden { name, about, make: Some(make), restore: machine::assert_memory_comes_back }
 }
 
 /// A channel with `count` requests, each with its own id, length and fate.

@@ -3,12 +3,12 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kmcl::NtStatus;
 use kmcl::bus::{
     Bus, BusEvent, ClientLink, Endpoint, GpadlPages, Offer, OpenRings, ServerLink, Signal, Target,
     USER_DATA_SIZE,
 };
 use kmcl::memory::{GuestMemory, MappingBudget, PageAllocator, PageRun, RingPages};
+use kmcl::{Guid, NtStatus};
 use vmbus_ring::{ControlWords, OutgoingPacket, RingReader, RingWriter, Word};
 use vmbus_wire::packet::PacketKind;
 
@@ -22,7 +22,8 @@ pub struct HandBus {
     memory: GuestMemory,
     pages: PageAllocator,
     mappings: MappingBudget,
-    endpoint: Mutex<Option<Endpoint>>,
+    /// The newest of each instance, the last one offered last.
+    endpoints: Mutex<Vec<(Guid, Endpoint)>>,
 }
 
 /// Where the rings of an opening stand: the index of the next packet in each, both empty.
@@ -77,8 +78,10 @@ impl ServerLink for Nobody {
 }
 
 impl Bus for HandBus {
-    fn offer(&self, _: Offer, endpoint: Endpoint) -> Result<Box<dyn ServerLink>, NtStatus> {
-        *lock(&self.endpoint) = Some(endpoint);
+    fn offer(&self, offer: Offer, endpoint: Endpoint) -> Result<Box<dyn ServerLink>, NtStatus> {
+        let mut endpoints = lock(&self.endpoints);
+        endpoints.retain(|(instance, _)| *instance != offer.interface_instance);
+        endpoints.push((offer.interface_instance, endpoint));
         Ok(Box::new(Nobody))
     }
 
@@ -94,13 +97,20 @@ impl HandBus {
         let memory = GuestMemory::memfd(bytes).unwrap();
         let pages = PageAllocator::new(&memory, 0, bytes).unwrap();
         let mappings = MappingBudget::default();
-        Arc::new(Self { memory, pages, mappings, endpoint: Mutex::default() })
+        Arc::new(Self { memory, pages, mappings, endpoints: Mutex::default() })
     }
 
     /// The guest opens the channel that was offered last, with rings of so many pages each, the one that
     /// the server reads first.
     #[must_use]
     pub fn open(&self, pages: (u32, u32), standing: Standing) -> Rings {
+        let last = lock(&self.endpoints).last().unwrap().0;
+        self.open_instance(last, pages, standing)
+    }
+
+    /// The same with the channel of `instance`, where there are several.
+    #[must_use]
+    pub fn open_instance(&self, instance: Guid, pages: (u32, u32), standing: Standing) -> Rings {
         let run = self.pages.allocate(pages.0 + pages.1).unwrap();
         let pfns: Vec<u64> = run.pfns().collect();
         let (incoming, outgoing) = pfns.split_at(pages.0 as usize);
@@ -123,7 +133,10 @@ impl HandBus {
             user_data: [0x5a; USER_DATA_SIZE],
             resumed: standing.resumed,
         };
-        let events = lock(&self.endpoint).as_ref().unwrap().events.clone();
+        let endpoints = lock(&self.endpoints);
+        let events = endpoints.iter().find(|(offered, _)| *offered == instance).unwrap();
+        let events = events.1.events.clone();
+        drop(endpoints);
         assert!(events.post(BusEvent::Opened(opened)));
         Rings { to_server, from_server, _run: run }
     }
@@ -144,6 +157,11 @@ impl Rings {
         };
         let extension: Vec<u8> = extension.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.push(kind, true, transaction_id, &extension, payload);
+    }
+
+    /// Sends the server a message that it is not to complete.
+    pub fn say(&mut self, payload: &[u8]) {
+        self.push(PacketKind::InBand, false, 0, &[], payload);
     }
 
     /// Completes one of the server's packets.

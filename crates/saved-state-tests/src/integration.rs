@@ -208,6 +208,12 @@ pub fn guest(data: &[u8]) {
     }
 }
 
+/// The answer to `request` of a guest that chooses the versions at these places of the lists that it is
+/// offered, or the last ones.
+pub(crate) fn answer_choosing(request: &[u8], choice: u8) -> Vec<u8> {
+    answer(request, &mut Script(&[1, choice]))
+}
+
 /// An answer to `request` as Linux gives it, with as many bytes changed as the script wants.
 fn answer(request: &[u8], script: &mut Script<'_>) -> Vec<u8> {
     let mut answer = request.to_vec();

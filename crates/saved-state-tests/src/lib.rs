@@ -8,6 +8,9 @@
 //! | [`bus`] | the control plane at every step of its protocol |
 //! | [`storage`] | a storage controller at every step of its device's protocol |
 //! | [`integration`] | integration services: any state, and a guest that says anything |
+//! | [`services`] | integration services at every step of what they say to a guest |
+//! | [`sockets`] | the connections of a guest's sockets, which are reset where it goes on |
+//! | [`machine`] | a machine's processors, made by hand, and its memory |
 //! | [`golden`] | the states under `tests/golden/`: how each is made, and how it is restored |
 //! | [`targets`] | what is fuzzed: one function for each decoder, given any bytes |
 //! | [`mutate`] | changes that somebody makes who knows the format: checksums are put right afterwards |
@@ -28,7 +31,11 @@ pub mod bus;
 pub mod channel;
 pub mod golden;
 pub mod guest;
+mod hand;
 pub mod integration;
+pub mod machine;
 pub mod mutate;
+pub mod services;
+pub mod sockets;
 pub mod storage;
 pub mod targets;

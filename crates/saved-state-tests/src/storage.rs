@@ -201,9 +201,8 @@ fn restoring_on(
     ScsiController::restoring(bus, driver, config, state)
 }
 
-/// Restores a controller in a process where nothing is left of the one that saved it, but its disks; lets it
-/// go on, and sees to it that each request ends once, and well.
-pub fn assert_goes_on(file: &[u8]) {
+/// The streams of a file, but for its first and its last.
+pub(crate) fn streams(file: &[u8]) -> Vec<Vec<u8>> {
     let mut reader = FileReader::new(file).unwrap();
     let mut streams = Vec::new();
     while let Some(mut stream) = reader.next_stream().unwrap() {
@@ -212,6 +211,13 @@ pub fn assert_goes_on(file: &[u8]) {
         streams.push(bytes);
     }
     reader.finish().unwrap();
+    streams
+}
+
+/// Restores a controller in a process where nothing is left of the one that saved it, but its disks; lets it
+/// go on, and sees to it that each request ends once, and well.
+pub fn assert_goes_on(file: &[u8]) {
+    let streams = streams(file);
     let [controller, channel] = &streams[..] else { panic!("{} streams", streams.len()) };
     let parts = parts(channel).unwrap();
 

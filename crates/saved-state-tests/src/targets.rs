@@ -6,7 +6,8 @@
 use std::cell::RefCell;
 use std::io::Read as _;
 
-use kmcl::{ChannelState, Guid};
+use kmcl::{ChannelState, Guid, Save as _};
+use kmcl_vmm::memory::{Form, MemoryIndex};
 use saved_state::bus::{
     BUS_CHANNEL, BUS_CONNECTION, BUS_GPADL, BUS_HOST, BUS_HVSOCK, BUS_MESSAGE, BUS_RAM,
     BusChannelRecord, BusConnectionRecord, BusGpadlRecord, BusHostRecord, BusHvsockRecord,
@@ -73,6 +74,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "transport", run: transport, mutate: mutate::mutate },
     Target { name: "integration", run: integration::state, mutate: mutate::mutate },
     Target { name: "integration_guest", run: integration::guest, mutate: mutate::mutate },
+    Target { name: "machine", run: machine, mutate: mutate::mutate },
+    Target { name: "memory_index", run: memory_index, mutate: mutate::mutate },
     Target { name: "round_trip", run: round_trip, mutate: mutate::mutate },
 ];
 
@@ -363,6 +366,50 @@ pub fn transport(data: &[u8]) {
     let checked = vmbus_unix::check_saved_transport(data);
     if let Err(error) = checked {
         assert!(!error.to_string().is_empty());
+    }
+}
+
+// ---- Machines and their memory ------------------------------------------------------------------------------
+
+/// Where the records of a machine's state end, if it is whole.
+fn records_of_a_machine(data: &[u8]) -> Option<usize> {
+    let mut reader = StreamReader::new(StreamKind::MACHINE, saved_state::machine::KINDS);
+    let mut input = ChunkInput::new(data);
+    let (mut at, mut end) = (0, 0);
+    while let Some(mut bytes) = input.next().ok()? {
+        at += bytes.len();
+        if let Some(chunk) = reader.read(&mut bytes).ok()? {
+            chunk.check().ok()?;
+            end = at;
+        }
+    }
+    reader.finish().ok().map(|()| end)
+}
+
+/// A machine's state: the records, each in its place. A fuzzer is not to reach the KVM of its host: a state
+/// that is whole is cut before its end, where all records have been taken.
+pub fn machine(data: &[u8]) {
+    let data = match records_of_a_machine(data) {
+        Some(end) => &data[..end],
+        None => data,
+    };
+    let error = crate::machine::restored(data);
+    assert!(matches!(error, kmcl_vmm::Error::State(_)), "{error}");
+    assert!(!error.to_string().is_empty());
+}
+
+/// An index of memory: what is taken is written again as the same.
+pub fn memory_index(data: &[u8]) {
+    match MemoryIndex::read(data) {
+        Ok(index) => {
+            let mut again = Vec::new();
+            let producer = Producer::new("fuzz").unwrap();
+            index.save(FormatVersion::NEWEST, producer).unwrap().write_to(&mut again).unwrap();
+            assert_eq!(MemoryIndex::read(&again[..]).unwrap(), index);
+            assert_eq!(index.memory_bytes() % kmcl_vmm::memory::PART_BYTES, 0);
+            assert!(index.form() == Form::Zstd || index.file_bytes() == index.memory_bytes());
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
     }
 }
 

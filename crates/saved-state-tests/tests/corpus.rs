@@ -110,6 +110,16 @@ fn file_of(states: &[(&str, Vec<u8>)]) -> Vec<u8> {
     file
 }
 
+/// Whether a state of that name is a file, of several streams.
+fn is_file(name: &str) -> bool {
+    ["services", "sockets", "storage"].iter().any(|it| name.starts_with(it))
+}
+
+/// Whether it is one stream of something else than a channel.
+fn is_other_stream(name: &str) -> bool {
+    ["bus", "machine", "memory"].iter().any(|it| name.starts_with(it))
+}
+
 /// Begins the corpora: every state that is small enough, files of several, and each message.
 #[test]
 #[ignore = "writes files: for a new target, or new records"]
@@ -127,15 +137,12 @@ fn begin_the_corpora() {
         };
         match target.name {
             "file" => {
-                let alone: Vec<_> = small
-                    .iter()
-                    .filter(|(name, _)| !name.starts_with("storage"))
-                    .cloned()
-                    .collect();
+                let alone: Vec<_> =
+                    small.iter().filter(|(name, _)| !is_file(name)).cloned().collect();
                 for (at, few) in alone.chunks(3).enumerate() {
                     put(&format!("file-{at}"), &file_of(few));
                 }
-                for (name, state) in small.iter().filter(|(name, _)| name.starts_with("storage")) {
+                for (name, state) in small.iter().filter(|(name, _)| is_file(name)) {
                     put(name, state);
                 }
                 put("file-empty", &file_of(&[]));
@@ -174,12 +181,20 @@ fn begin_the_corpora() {
                 put("agreed", &a_state(NegotiationStep::Agreed, None));
                 let asked = a_state(NegotiationStep::Agreed, Some(SavedShutdown::PowerOff));
                 put("shutdown-asked", &asked);
+                for (name, state) in small.iter().filter(|(name, _)| name.starts_with("services")) {
+                    put(name, &state[stream_ranges(state)[1].clone()]);
+                }
             }
             "integration_guest" => put("script", &saved_state_tests::integration::a_script()),
+            "machine" | "memory_index" => {
+                let prefix = target.name.trim_end_matches("_index");
+                let of_it = small.iter().filter(|(name, _)| name.starts_with(prefix));
+                of_it.for_each(|(name, state)| put(name, state));
+            }
             "transport" => put("transport-nobody", &saved_state_tests::targets::transport_state()),
             "channel" | "round_trip" => {
-                let other = |name: &str| name.starts_with("bus") || name.starts_with("storage");
-                let of_it = small.iter().filter(|(name, _)| !other(name));
+                let of_it =
+                    small.iter().filter(|(name, _)| !is_file(name) && !is_other_stream(name));
                 of_it.for_each(|(name, state)| put(name, state));
                 for (name, state) in small.iter().filter(|(name, _)| name.starts_with("storage")) {
                     put(name, &state[stream_ranges(state)[2].clone()]);

@@ -1,0 +1,4 @@
+//! See `saved_state_tests::targets`.
+#![no_main]
+
+kmcl_fuzz::target!("machine");
