@@ -47,14 +47,14 @@ pub(crate) struct Arguments {
     /// In an emulated machine, also where this one could do it
     #[arg(long)]
     emulated: bool,
-    /// Take this program, linked statically, and build none
-    #[arg(long, value_name = "FILE")]
-    program: Option<PathBuf>,
+    /// Take the programs of this folder, `kmcl` and `hostile`, linked statically, and build none
+    #[arg(long, value_name = "FOLDER")]
+    programs: Option<PathBuf>,
 }
 
 /// Runs the stories and prints a table of what came of each scenario.
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<(), Failure> {
-    let Arguments { all, only, kernel, synic, cpus, emulated, program } = arguments.clone();
+    let Arguments { all, only, kernel, synic, cpus, emulated, programs } = arguments.clone();
     let runs = Wanted { all, only, kernel, synic, cpus }.runs();
     if runs.is_empty() {
         return Err(Failure::Missing {
@@ -63,7 +63,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<(), Fa
                 .to_owned(),
         });
     }
-    let parts = Parts::get(workspace, program.as_deref())?;
+    let parts = Parts::get(workspace, programs.as_deref())?;
     let lab = images::build(&parts)?;
     let machine = if emulated { Machine::Emulated } else { machine::find(&lab, &parts.folder)? };
     let mut failed = Vec::new();

@@ -39,6 +39,9 @@ enum Command {
         /// Print the steps and stop
         #[arg(long)]
         list: bool,
+        /// Without real guests, which need QEMU or KVM and Debian's packages
+        #[arg(long)]
+        no_guest: bool,
     },
     /// Run the benchmarks and print each ratio beside the one it must reach
     Bench {
@@ -83,8 +86,8 @@ fn main() -> ExitCode {
             test::list();
             Ok(())
         }
-        Command::Test { only, list: false } => {
-            Workspace::load().and_then(|workspace| test::run(&workspace, &only))
+        Command::Test { only, no_guest, .. } => {
+            Workspace::load().and_then(|workspace| test::run(&workspace, &only, !no_guest))
         }
         Command::Bench { package, save } => Workspace::load()
             .and_then(|workspace| bench::run(&workspace, &package, save.as_deref())),

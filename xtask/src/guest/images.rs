@@ -102,9 +102,7 @@ pub(super) fn build(parts: &Parts) -> Result<Lab, Failure> {
     tools.build(&folder.join("tools"))?;
     let mut programs = Recipe::default();
     programs.file(&parts.kmcl, "kmcl");
-    if let Some(hostile) = &parts.hostile {
-        programs.file(hostile, "hostile");
-    }
+    programs.file(&parts.hostile, "hostile");
     programs.build(&folder.join("bin"))?;
     let mut scripts = Recipe::default();
     for (name, text) in HOST_SCRIPTS {

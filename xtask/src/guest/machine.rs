@@ -13,7 +13,7 @@ use crate::run::{Failure, run_watched, say};
 
 /// How long the laboratory may say nothing. Each of its steps has a shorter limit, in the emulated
 /// machine's time.
-const SILENCE: Duration = Duration::from_secs(420);
+const SILENCE: Duration = Duration::from_secs(900);
 
 /// Where the laboratory is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -106,7 +106,7 @@ impl Session<'_> {
             format!("local,path={folder},mount_tag={tag},security_model=none,{options}")
         };
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max,+svm,la57=off"])
+        qemu.args(["-accel", "tcg,thread=single", "-M", "q35", "-cpu", "max,+svm,la57=off"])
             .args(["-smp", "2", "-m", "3072", "-nodefaults", "-nographic", "-serial", "stdio"])
             .arg("-kernel")
             .arg(&self.lab.outer_kernel)

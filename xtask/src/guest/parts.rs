@@ -38,11 +38,11 @@ pub(super) struct Parts {
     /// The program that runs guests, linked statically.
     pub(super) kmcl: PathBuf,
     /// What makes a hostile guest, the same.
-    pub(super) hostile: Option<PathBuf>,
+    pub(super) hostile: PathBuf,
 }
 
 impl Parts {
-    pub(super) fn get(workspace: &Workspace, program: Option<&Path>) -> Result<Self, Failure> {
+    pub(super) fn get(workspace: &Workspace, programs: Option<&Path>) -> Result<Self, Failure> {
         test::install_packages(&PROGRAMS)?;
         let folder = workspace.target_directory().join("guest");
         std::fs::create_dir_all(&folder)
@@ -52,11 +52,17 @@ impl Parts {
         Ok(Self {
             outer: kernel(&folder, &old)?,
             guests: [kernel(&folder, &new)?, kernel(&folder, &old)?],
-            kmcl: match program {
-                Some(program) => program.to_owned(),
-                None => build(workspace, ["-p", "kmcl-cli"], "kmcl")?,
+            kmcl: match programs {
+                Some(programs) => programs.join("kmcl"),
+                None => build(workspace, &["-p", "kmcl-cli"], "kmcl")?,
             },
-            hostile: None,
+            hostile: match programs {
+                Some(programs) => programs.join("hostile"),
+                None => {
+                    let example = ["-p", "kmcl-vmm", "--example", "hostile"];
+                    build(workspace, &example, "examples/hostile")?
+                }
+            },
             folder,
         })
     }
@@ -114,7 +120,7 @@ pub(super) fn find(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<PathB
 }
 
 /// Builds a program of ours, linked statically: the emulated machine has no libraries for it.
-fn build(workspace: &Workspace, what: [&str; 2], program: &str) -> Result<PathBuf, Failure> {
+fn build(workspace: &Workspace, what: &[&str], program: &str) -> Result<PathBuf, Failure> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let mut cargo = workspace.cargo(["build", "--release", "--target", TARGET]);
     run(cargo.args(what).env("RUSTFLAGS", "-C target-feature=+crt-static"))?;

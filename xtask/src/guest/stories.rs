@@ -36,7 +36,7 @@ macro_rules! story {
 }
 
 /// All of them.
-pub(super) const STORIES: [Story; 8] = [
+pub(super) const STORIES: [Story; 9] = [
     story!(
         "work",
         All,
@@ -63,6 +63,7 @@ pub(super) const STORIES: [Story; 8] = [
     story!("counts", KernelAndWay, ["counts"]),
     story!("virtio", Kernel, ["virtio-blk"]),
     story!("bad", Nothing, ["bad-command-lines"]),
+    story!("hostile", Nothing, ["hostile"]),
 ];
 
 /// Whether a guest boots at all.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use cargo_metadata::TargetKind;
 
+use crate::guest;
 use crate::readme;
 use crate::run::{Failure, none_of, run, run_and_keep, run_within, say};
 use crate::workspace::Workspace;
@@ -29,6 +30,16 @@ pub(super) fn examples(workspace: &Workspace) -> Result<(), Failure> {
         )?;
     }
     Ok(())
+}
+
+/// A selection of what `cargo xtask guest` can do that has every scenario once.
+pub(super) fn guest(workspace: &Workspace) -> Result<(), Failure> {
+    guest::run(workspace, &guest::Arguments::default()).map_err(|failure| match failure {
+        Failure::Missing { what, remedy } => {
+            Failure::Missing { what, remedy: format!("{remedy}; --no-guest does without") }
+        }
+        other => other,
+    })
 }
 
 /// Runs the README's first command, word for word, and compares what it prints with what the README

@@ -4,7 +4,7 @@
 # next_order: whether there is a command that has not been done, in $command; its number is in $number.
 # The number stands behind it, too: a command that is just being written is not whole.
 next_order() {
-    dd if="$(find_disk ctl)" of=/tmp/order bs=4096 count=1 iflag=direct 2>/dev/null || return 1
+    dd if="$(find_disk ctl)" of=/tmp/order bs=4096 skip=16 count=1 iflag=direct 2>/dev/null || return 1
     { read -r number && read -r command && read -r again; } </tmp/order
     [ "$number" ] && [ "$number" = "$again" ] && [ "$number" -gt "$last" ]
 }
@@ -71,6 +71,7 @@ verified_io() {
 # passes DISK SIZE: that, again and again, until there is another order.
 passes() {
     pass=0
+    announce "PASS begins"
     until next_order; do
         verified_io "$1" "$2" || return 1
         pass=$((pass + 1))
@@ -159,35 +160,39 @@ file_is_kept() {
 
 # ---- Sockets
 
-# On port 1024 a shell, on 1025 whatever is sent comes back.
+# On port 1024 a shell; on 1025 each word comes back; on 1026 all comes back once its end has come.
 listen() {
-    socat VSOCK-LISTEN:1024,reuseaddr,fork EXEC:sh </dev/null >/dev/null 2>&1 &
-    socat VSOCK-LISTEN:1025,reuseaddr,fork,backlog=128 PIPE </dev/null >/dev/null 2>&1 &
-    patience listens 1025
+    socat -t 60 VSOCK-LISTEN:1024,reuseaddr,fork EXEC:sh </dev/null >/dev/null 2>&1 &
+    socat -t 60 VSOCK-LISTEN:1025,reuseaddr,fork,backlog=128 PIPE </dev/null >/dev/null 2>&1 &
+    socat -t 60 VSOCK-LISTEN:1026,reuseaddr,fork SYSTEM:'cat >/tmp/kept; cat /tmp/kept' </dev/null >/dev/null 2>&1 &
+    patience listens
 }
-listens() { pidof socat >/dev/null; }
-# call PORT BYTES: to a port of the host, which sends everything back.
+listens() { [ "$(pidof socat | wc -w)" = 3 ]; }
+# call PORT BYTES: to a port of the host, which sends everything back once it has all.
 call() {
     head -c "$2" /dev/urandom >/tmp/sent
     socat -t 60 - "VSOCK-CONNECT:2:$1" </tmp/sent >/tmp/returned && cmp /tmp/sent /tmp/returned
 }
-# calls PORT TIMES: ten at a time.
+# calls PORT TIMES: ten at a time. Linux gives a connection two seconds, which may be too few where time is
+# slow: then once more, and it is said how often.
 calls() {
     called=0
+    rm -f /tmp/again.*
     while [ $called -lt "$2" ]; do
         in_flight=
         for one in 0 1 2 3 4 5 6 7 8 9; do
-            (
-                answer=$(echo "$called.$one" | socat -t 60 - "VSOCK-CONNECT:2:$1")
-                [ "$answer" = "$called.$one" ]
-            ) &
+            (is_answered "$1" "$called.$one" || {
+                touch "/tmp/again.$called.$one"
+                is_answered "$1" "$called.$one"
+            }) &
             in_flight="$in_flight $!"
         done
         for each in $in_flight; do wait "$each" || return 1; done
         called=$((called + 10))
     done
-    echo "$called connections"
+    echo "$called connections, $(find /tmp -name 'again.*' | wc -l) of them at the second try"
 }
+is_answered() { [ "$(echo "$2" | socat -t 60 - "VSOCK-CONNECT:2:$1")" = "$2" ]; }
 # refused PORT: nobody listens there.
 refused() { ! echo | socat -t 60 - "VSOCK-CONNECT:2:$1" 2>/tmp/why && tail -n 1 /tmp/why; }
 

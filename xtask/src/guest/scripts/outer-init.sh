@@ -19,4 +19,5 @@ done
 ip link set lo up
 LAB=/lab OUT=/out WORK=/tmp/work sh /lab/scripts/lab.sh
 echo "OUTER-END $?"
+dmesg >/out/dmesg
 poweroff -f

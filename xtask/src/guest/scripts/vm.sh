@@ -1,8 +1,9 @@
 # Words for the stories: VMs, what their guests are told and say, and what is made known of it.
 #
 # A guest is given its commands on a disk of their own, one at a time: a sector that the script writes and
-# the guest reads past all caches. That needs nothing but storage, and goes on over a save and restore.
-# What the guest says is in its console.
+# the guest reads past all caches. That needs nothing but storage, and goes on over a save and restore. It
+# is none of the first sectors, by which a saved VM knows its disks again. What the guest says is in its
+# console.
 
 # ---- What is made known
 
@@ -53,6 +54,8 @@ end_story() {
     for pid in "$WORK"/pid "$WORK"/background.*; do
         [ -e "$pid" ] && kill -9 "$(cat "$pid")" 2>/dev/null
     done
+    [ ! -e "$WORK/pid" ] || patience 60 ended # and nothing of it comes into the next story
+    rm -rf "$OUT/slow"
 }
 # background COMMAND: until the story ends.
 background() {
@@ -67,6 +70,11 @@ disk() {
     rm -f "$WORK/$1"
     truncate -s "$2" "$WORK/$1"
 }
+# slow_disk NAME SIZE: the same where requests take their time, so that some are in flight at any moment.
+slow_disk() {
+    mkdir -p "$OUT/slow"
+    truncate -s "$2" "$OUT/slow/$1"
+}
 # boot ARGUMENTS: a VM of this run's kernel with the disks that every guest has; ARGUMENTS are added.
 boot() {
     launch kmcl vm run \
@@ -74,7 +82,7 @@ boot() {
         --cmdline "$COMMAND_LINE" --memory 256M --cpus "$cpus" --synic "$synic" \
         --disk "$WORK/ctl,id=ctl" --disk "$LAB/tools.img,ro,id=tools,controller=1" \
         --console "$logs/console.$((vm + 1))" \
-        --control "$WORK/control" --vsock "$WORK/vsock" --on-reset "$on_reset" "$@"
+        --control "$WORK/control" --vsock "$WORK/vsock" --allow "$WORK" --on-reset "$on_reset" "$@"
     patience 60 serves_or_ended
 }
 COMMAND_LINE="console=ttyS0 panic=-1 loglevel=4 mitigations=off"
@@ -84,7 +92,7 @@ restore() {
     shift
     launch kmcl vm restore --from "$from" --synic "$synic" \
         --console "$logs/console.$((vm + 1))" \
-        --control "$WORK/control" --vsock "$WORK/vsock" "$@"
+        --control "$WORK/control" --vsock "$WORK/vsock" --allow "$WORK" "$@"
     patience 60 serves_or_ended
 }
 # launch COMMAND: a program that runs a VM, in the background; its messages are kept.
@@ -113,9 +121,12 @@ control() {
 # save FOLDER ARGUMENTS: and the VM's end.
 save() {
     rm -rf "$1"
-    control save --to "$@"
+    control save --json --to "$@"
+    note SAVED "$(saved freeze_us) $(saved saved_us) $(saved memory_bytes) $(saved memory_written_bytes)"
     ends 60 0
 }
+# saved FIELD: what was said of the last save.
+saved() { echo "$answer" | sed -n "s/.*\"$1\": *\([0-9]*\).*/\1/p"; }
 # ends LIMIT STATUS: the VM ends by itself, with this exit status.
 ends() {
     step "the VM's end"
@@ -155,7 +166,7 @@ tell() {
     echo $order >"$WORK/order"
     step "told: $*"
     printf '%s\n%s\n%s\n' "$order" "$*" "$order" |
-        dd of="$WORK/ctl" bs=4096 conv=notrunc,sync 2>/dev/null
+        dd of="$WORK/ctl" bs=4096 seek=16 conv=notrunc,sync 2>/dev/null
 }
 # told LIMIT: until the guest has done what it was told last; its last line is in $said.
 told() {
@@ -186,7 +197,7 @@ check() {
 up() {
     ups=$((ups + 1))
     step "boot"
-    patience 300 up_or_ended || die "the guest has not come up"
+    patience 600 up_or_ended || die "the guest has not come up"
     is_up || die "the VM ended with status $(cat "$WORK/status"): $(last_event)"
 }
 is_up() { [ "$(heard_times GUEST-UP)" -ge $ups ]; }
@@ -214,7 +225,7 @@ count_reads() {
     for depth in 1 32; do
         tell "count_reads $depth $FEW $MANY"
         for at in 0 1 2; do
-            await 300 "MARK reads-$depth-$at "
+            await 600 "MARK reads-$depth-$at "
             sleep 1
             note COUNT "$1 $depth $at $(kvm_counts) $(guest_counts "reads-$depth-$at")"
             histograms "$logs/exits-$depth-$at"

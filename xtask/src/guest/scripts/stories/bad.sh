@@ -15,8 +15,8 @@ story() {
     refused "memory" --kernel "$vmlinuz" --initrd "$initrd" --memory 1M
     refused "memory" --kernel "$vmlinuz" --initrd "$initrd" --memory 1000T
     refused "memory" --kernel "$vmlinuz" --initrd "$initrd" --memory much
-    refused "cpus" --kernel "$vmlinuz" --initrd "$initrd" --cpus 0
-    refused "cpus" --kernel "$vmlinuz" --initrd "$initrd" --cpus 17
+    refused "processors" --kernel "$vmlinuz" --initrd "$initrd" --cpus 0
+    refused "processors" --kernel "$vmlinuz" --initrd "$initrd" --cpus 17
     refused "/dev/kvm" --kernel "$vmlinuz" --initrd "$initrd" # where there is none
     refused "$WORK/nothing" restore --from "$WORK/nothing"
     pass "$count refused"

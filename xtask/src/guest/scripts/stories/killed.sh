@@ -6,7 +6,7 @@ story() {
     boot --disk "$WORK/data,id=data"
     up
     tell write_synced
-    await 300 "SYNCED 5"
+    await 600 "SYNCED 5"
     sleep "0.$((RANDOM % 10))"
     kill -9 "$(cat "$WORK/pid")"
     patience 60 ended || die "it was killed and goes on"
