@@ -191,6 +191,7 @@ fn schemas_are_those_of_the_program() {
         "HeartbeatState",
         "Info",
         "OnReset",
+        "Progress",
         "RemoveDiskRequest",
         "SaveRequest",
         "Saved",
