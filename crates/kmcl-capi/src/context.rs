@@ -20,9 +20,30 @@ struct Frame {
     channel: Handle,
     in_what: Callback,
     irql: u8,
-    /// The packet that the callback is about, lent to this thread, and the handle of that.
-    packet: Option<Found<Incoming>>,
+    /// The packet that the callback is about, and the handle of that.
+    packet: Option<Lent>,
     handle: Handle,
+}
+
+/// A packet that is lent to this thread.
+#[derive(Clone, Copy)]
+pub(crate) struct Lent {
+    pub(crate) packet: Found<Incoming>,
+    pub(crate) payload: Place,
+}
+
+/// Where C was told that a payload is; only compared.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) address: usize,
+    pub(crate) len: usize,
+}
+
+impl From<&[u8]> for Place {
+    #[inline]
+    fn from(bytes: &[u8]) -> Self {
+        Self { address: bytes.as_ptr().addr(), len: bytes.len() }
+    }
 }
 
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -103,16 +124,18 @@ pub(crate) fn with_packet<R>(
     channel: Handle,
     irql: u8,
     packet: Found<Incoming>,
+    payload: Place,
     callback: impl FnOnce(Handle) -> R,
 ) -> R {
     let handle = packet.handle();
     let frame = Frame::new(channel, Callback::Packet, irql);
-    within(Frame { packet: Some(packet), handle, ..frame }, || callback(handle))
+    let packet = Some(Lent { packet, payload });
+    within(Frame { packet, handle, ..frame }, || callback(handle))
 }
 
 /// The packet of this name, if it is that of the innermost callback.
-#[inline]
-pub(crate) fn lent(handle: Handle) -> Option<Found<Incoming>> {
+#[inline(always)]
+pub(crate) fn lent(handle: Handle) -> Option<Lent> {
     // SAFETY: as for `find`.
     let frame = unsafe { INNERMOST.get().as_ref() }?;
     if frame.handle == handle { frame.packet } else { None }

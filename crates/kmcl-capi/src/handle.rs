@@ -13,8 +13,8 @@
 //!
 //! # A slot's state
 //!
-//! One word says it all: the generation, a *phase*, and a flag. [`Phase::Busy`] is the lock: whoever moves
-//! a slot from Live to Busy (by compare-and-swap, or because it just took a free slot) alone may touch the
+//! One word says it all: the generation (where a handle has it), a *phase*, and a flag. [`Phase::Busy`] is
+//! the lock: whoever moves a slot from Live to Busy (by compare-and-swap, or because it just took a free slot) alone may touch the
 //! content, and moves it on by a plain store. Nothing else moves a slot while it is Busy.
 //!
 //! # The thread that a slot is lent to
@@ -59,11 +59,6 @@ impl Handle {
         core::ptr::without_provenance_mut(usize::try_from(self.0).unwrap_or(0))
     }
 
-    fn new(kind: Kind, generation: u64, index: u32) -> Self {
-        let generation = generation & GENERATIONS;
-        Self((kind as u64) << KIND_SHIFT | generation << INDEX_BITS | u64::from(index))
-    }
-
     /// Whether it could be an address: handles never are.
     pub(crate) fn is_address(self) -> bool {
         self.0 >> 63 == 0
@@ -76,7 +71,9 @@ impl Handle {
 
 const KIND_SHIFT: u32 = 60;
 const INDEX_BITS: u32 = 24;
-const GENERATIONS: u64 = (1 << (KIND_SHIFT - INDEX_BITS)) - 1;
+/// One generation further, and all of them: where handles have theirs.
+const GENERATION: u64 = 1 << INDEX_BITS;
+const GENERATIONS: u64 = (1 << KIND_SHIFT) - GENERATION;
 
 /// Slots of the first chunk; each further chunk has twice as many as the one before.
 const FIRST_CHUNK: u32 = 64;
@@ -113,7 +110,6 @@ fn is_in(state: u64, phase: Phase) -> bool {
 
 /// The callback that the slot was taken for is running.
 const IN_CALLBACK: u64 = 0x10;
-const GENERATION_SHIFT: u32 = 8;
 
 /// What a table keeps: a content that one thread at a time may touch, and words that any may.
 pub(crate) trait Content: Default + Send + 'static {
@@ -121,12 +117,14 @@ pub(crate) trait Content: Default + Send + 'static {
     type Shared: Default + Send + Sync;
 }
 
-/// One slot; see the module.
+/// One slot; see the module. From the start of a cache line on: a packet's way touches all of it.
+#[repr(align(64))]
 pub(crate) struct Slot<C: Content> {
     state: AtomicU64,
+    /// Its handle, without the generation.
+    name: u64,
     /// 1 while the thread that the slot is lent to is at the content.
     lender: AtomicU32,
-    index: u32,
     /// The next of a list of free ones that somebody keeps.
     pub(crate) next: AtomicPtr<Self>,
     pub(crate) shared: C::Shared,
@@ -141,12 +139,16 @@ impl<C: Content> Slot<C> {
     fn new(index: u32) -> Self {
         Self {
             state: AtomicU64::new(0),
+            name: (C::KIND as u64) << KIND_SHIFT | u64::from(index),
             lender: AtomicU32::new(0),
-            index,
             next: AtomicPtr::new(core::ptr::null_mut()),
             shared: C::Shared::default(),
             content: UnsafeCell::new(C::default()),
         }
+    }
+
+    fn index(&self) -> u32 {
+        (self.name & (GENERATION - 1)) as u32
     }
 
     /// As a list of free slots keeps it.
@@ -207,7 +209,7 @@ impl<C: Content> Table<C> {
 
     /// Gives a slot back that is free.
     pub(crate) fn give_back(&self, taken: &Taken<C>) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).list.push(taken.0.index);
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).list.push(taken.0.index());
     }
 
     /// What `handle` names, unless it names nothing.
@@ -216,9 +218,9 @@ impl<C: Content> Table<C> {
         if !handle.is_of(C::KIND) {
             return None;
         }
-        let index = (handle.0 & ((1 << INDEX_BITS) - 1)) as u32;
+        let index = (handle.0 & (GENERATION - 1)) as u32;
         let slot = self.slot(index)?;
-        let generation = handle.0 >> INDEX_BITS & GENERATIONS;
+        let generation = handle.0 & GENERATIONS;
         let found = Found { slot, generation };
         found.is_good(slot.state.load(Ordering::Acquire)).then_some(found)
     }
@@ -229,7 +231,7 @@ impl<C: Content> Table<C> {
         let found = |index| {
             let slot = self.slot(index)?;
             let state = slot.state.load(Ordering::Acquire);
-            let generation = state >> GENERATION_SHIFT & GENERATIONS;
+            let generation = state & GENERATIONS;
             let found = Found { slot, generation };
             found.is_good(state).then_some(found)
         };
@@ -284,8 +286,8 @@ impl<C: Content> Taken<C> {
     #[inline]
     fn begin(self, phase: u64) -> Found<C> {
         let slot = self.0;
-        let generation = slot.state.load(Ordering::Relaxed) >> GENERATION_SHIFT & GENERATIONS;
-        slot.state.store(generation << GENERATION_SHIFT | phase, Ordering::Release);
+        let generation = slot.state.load(Ordering::Relaxed) & GENERATIONS;
+        slot.state.store(generation | phase, Ordering::Release);
         Found { slot, generation }
     }
 }
@@ -306,14 +308,14 @@ impl<C: Content> Copy for Found<C> {}
 impl<C: Content> Found<C> {
     #[inline]
     fn is_good(&self, state: u64) -> bool {
-        state >> GENERATION_SHIFT & GENERATIONS == self.generation
+        state & GENERATIONS == self.generation
             && !is_in(state, Phase::Free)
             && !is_in(state, Phase::Done)
     }
 
     #[inline]
     pub(crate) fn handle(&self) -> Handle {
-        Handle::new(C::KIND, self.generation, self.slot.index)
+        Handle(self.slot.name | self.generation)
     }
 
     /// The words that any thread may look at while the handle is good.
@@ -332,15 +334,15 @@ impl<C: Content> Found<C> {
     ///
     /// # Safety
     /// This thread has [`Taken::lend`] from its own, and has no other claim of it.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn claim_lent(self) -> Option<Claim<C>> {
         self.slot.lender.store(1, Ordering::Relaxed);
         // We store `lender`, then load the state; whoever takes the slot from us stores the state, then
         // loads `lender`. Pairs with the `heavy` in `claim`: one of the two sees the other.
         asymmetric::light();
-        let lent = self.generation << GENERATION_SHIFT | IN_CALLBACK | Phase::Lent as u64;
+        let lent = self.generation | IN_CALLBACK | Phase::Lent as u64;
         if self.slot.state.load(Ordering::Acquire) == lent {
-            return Some(Claim { found: self, state: lent });
+            return Some(Claim { found: self, state: lent, is_lent: true });
         }
         self.slot.lender.store(0, Ordering::Relaxed);
         None
@@ -377,7 +379,7 @@ impl<C: Content> Found<C> {
         let busy = state & !PHASES | Phase::Busy as u64;
         let won =
             self.slot.state.compare_exchange(state, busy, Ordering::Acquire, Ordering::Relaxed);
-        won.is_ok().then_some(Claim { found: self, state: busy })
+        won.is_ok().then_some(Claim { found: self, state: busy, is_lent: false })
     }
 
     /// Waits until the thread that the slot was lent to is not at the content.
@@ -434,7 +436,7 @@ impl<C: Content> Found<C> {
             }
         }
         // Done, at the latest after the wait in `claim`: whoever ended it leaves the slot to us.
-        self.slot.state.store((self.generation + 1) << GENERATION_SHIFT, Ordering::Release);
+        self.slot.state.store(self.generation + GENERATION, Ordering::Release);
         Err(Taken(self.slot))
     }
 }
@@ -454,6 +456,8 @@ pub(crate) struct Claim<C: Content> {
     found: Found<C>,
     /// The slot's state: Busy, or Lent to this very thread.
     state: u64,
+    /// Which of the two. By itself, so that the compiler knows it where the claim was made.
+    is_lent: bool,
 }
 
 impl<C: Content> Claim<C> {
@@ -462,25 +466,20 @@ impl<C: Content> Claim<C> {
         self.state & IN_CALLBACK != 0
     }
 
-    #[inline]
-    fn is_lent(&self) -> bool {
-        is_in(self.state, Phase::Lent)
-    }
-
     /// Ends the handle. The slot is the caller's, unless the callback that it was lent for still runs:
     /// that one has it then.
     #[inline]
     pub(crate) fn end(self) -> Option<Taken<C>> {
         let Found { slot, generation } = self.found;
         if self.is_in_callback() {
-            let was_lent = self.is_lent();
+            let was_lent = self.is_lent;
             self.leave(Phase::Done);
             if was_lent {
                 slot.lender.store(0, Ordering::Release);
             }
             return None;
         }
-        slot.state.store((generation + 1) << GENERATION_SHIFT, Ordering::Release);
+        slot.state.store(generation + GENERATION, Ordering::Release);
         std::mem::forget(self);
         Some(Taken(slot))
     }
@@ -521,7 +520,7 @@ impl<C: Content> DerefMut for Claim<C> {
 impl<C: Content> Drop for Claim<C> {
     #[inline]
     fn drop(&mut self) {
-        if self.is_lent() {
+        if self.is_lent {
             self.found.slot.lender.store(0, Ordering::Release);
             return;
         }

@@ -7,18 +7,17 @@
 #![allow(unsafe_code, reason = "exports functions, calls C's, and writes where C says")]
 
 use core::ffi::c_void;
-use core::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8};
 
 use kmcl::{
     Channel, Error, ExternalDataFlags, Fence, IncomingPacket, Level, NtStatus, ResumedPacket,
 };
 
 use crate::asymmetric;
-use crate::boundary::{self, guarded};
-use crate::context::{self, DISPATCH, PASSIVE, in_packet_callback, in_state_callback};
+use crate::boundary::{self, guarded, to_c};
+use crate::context::{self, DISPATCH, Lent, PASSIVE, Place, in_packet_callback, in_state_callback};
 use crate::handle::{Claim, Content, Found, Handle, Kind, Slot, Table, Taken};
 use crate::mdl::{MdlChain, View};
 use crate::types::{
@@ -57,20 +56,14 @@ pub(crate) struct Home {
     is_closed: AtomicBool,
     /// Slots are lent to the delivering thread: the system has what that takes.
     lends: bool,
-    /// Deliveries are at PASSIVE_LEVEL only.
-    passive: AtomicBool,
-    /// The next delivery is of a packet that was deferred.
-    next_is_deferred: AtomicBool,
-    packet_size: AtomicU32,
-    completion_size: AtomicU32,
-    /// What follows from both: the largest completion.
-    completion_limit: AtomicU32,
+    /// [`PASSIVE_ONLY`], [`NEXT_IS_DEFERRED`]; 0 for most deliveries.
+    exceptions: AtomicU8,
 }
 
-/// No completion size was set: it is the packet size.
-const SAME: u32 = u32::MAX;
-/// Of packets, where nothing was set (D-60).
-const DEFAULT_SIZE: u32 = 4096;
+/// Deliveries are at PASSIVE_LEVEL only.
+const PASSIVE_ONLY: u8 = 1;
+/// The next delivery is of a packet that was deferred.
+const NEXT_IS_DEFERRED: u8 = 2;
 
 impl Home {
     pub(crate) fn new(channel: Handle) -> Self {
@@ -80,39 +73,16 @@ impl Home {
             returned: AtomicPtr::new(core::ptr::null_mut()),
             is_closed: AtomicBool::new(false),
             lends: asymmetric::prepare(),
-            passive: AtomicBool::new(false),
-            next_is_deferred: AtomicBool::new(false),
-            packet_size: AtomicU32::new(DEFAULT_SIZE),
-            completion_size: AtomicU32::new(SAME),
-            completion_limit: AtomicU32::new(DEFAULT_SIZE),
+            exceptions: AtomicU8::new(0),
         }
     }
 
     pub(crate) fn require_passive(&self, required: bool) {
-        self.passive.store(required, Relaxed);
-    }
-
-    pub(crate) fn set_packet_size(&self, bytes: u32) {
-        self.packet_size.store(bytes, Relaxed);
-        self.set_completion_limit();
-    }
-
-    pub(crate) fn set_completion_size(&self, bytes: u32) {
-        self.completion_size.store(bytes, Relaxed);
-        self.set_completion_limit();
-    }
-
-    fn set_completion_limit(&self) {
-        let limit = match self.completion_size.load(Relaxed) {
-            SAME => self.packet_size.load(Relaxed),
-            size => size,
-        };
-        self.completion_limit.store(limit, Relaxed);
-    }
-
-    #[inline]
-    fn completion_limit(&self) -> u32 {
-        self.completion_limit.load(Relaxed)
+        if required {
+            self.exceptions.fetch_or(PASSIVE_ONLY, Relaxed);
+        } else {
+            self.exceptions.fetch_and(!PASSIVE_ONLY, Relaxed);
+        }
     }
 
     /// A slot for the next packet. Only called while one is delivered.
@@ -183,14 +153,21 @@ impl Home {
         }
     }
 
+    /// What the callback of the next packet may do.
     #[inline]
-    fn irql(&self, level: Level) -> u8 {
-        let deferred = self.next_is_deferred.load(Relaxed);
-        if deferred {
-            self.next_is_deferred.store(false, Relaxed);
+    fn irql(&self, packet: &IncomingPacket) -> u8 {
+        match self.exceptions.load(Relaxed) {
+            0 => DISPATCH,
+            exceptions => self.exceptional_irql(exceptions, packet.level()),
         }
-        let passive = level == Level::Passive && (deferred || self.passive.load(Relaxed));
-        if passive { PASSIVE } else { DISPATCH }
+    }
+
+    #[cold]
+    fn exceptional_irql(&self, exceptions: u8, level: Level) -> u8 {
+        if exceptions & NEXT_IS_DEFERRED != 0 {
+            self.exceptions.fetch_and(!NEXT_IS_DEFERRED, Relaxed);
+        }
+        if level == Level::Passive { PASSIVE } else { DISPATCH }
     }
 }
 
@@ -219,20 +196,21 @@ impl Deliveries {
             packet.fail();
             return;
         };
-        let irql = home.irql(packet.level());
+        let irql = home.irql(&packet);
         let payload = packet.payload();
         // A private copy that stays where it is until the packet is over. C has no way to say that it is
         // only to be read.
         let buffer = payload.as_ptr().cast_mut().cast();
-        // Payloads fit a ring.
-        let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        let place = Place::from(payload);
+        #[expect(clippy::cast_possible_truncation, reason = "payloads fit a ring")]
+        let len = payload.len() as u32;
         let flags = u32::from(packet.has_external_data());
         let former = taken.content().packet.replace(packet);
         debug_assert!(former.is_none());
         // Nothing is dropped, and nothing is looked at to find that out.
         std::mem::forget(former);
         let found = if home.lends { taken.lend() } else { taken.open_in_callback() };
-        context::with_packet(home.channel, irql, found, |handle| {
+        context::with_packet(home.channel, irql, found, place, |handle| {
             call(Arguments { packet: handle.to_pointer(), buffer, len, flags });
         });
         match found.callback_returned(|claim| self.left_pending(claim)) {
@@ -306,7 +284,8 @@ impl kmcl::ProcessPacket for Deliveries {
     fn processing_complete(&self, _: &Channel, packets: u32) {
         if let Some(complete) = self.processing_complete {
             let channel = self.home.channel;
-            let irql = if self.home.passive.load(Relaxed) { PASSIVE } else { DISPATCH };
+            let passive_only = self.home.exceptions.load(Relaxed) & PASSIVE_ONLY != 0;
+            let irql = if passive_only { PASSIVE } else { DISPATCH };
             // SAFETY: C gave the function for this channel.
             in_packet_callback(channel, irql, || unsafe {
                 complete(channel.to_pointer(), packets)
@@ -315,37 +294,44 @@ impl kmcl::ProcessPacket for Deliveries {
     }
 }
 
-/// The content of a packet whose callback this thread runs.
+/// The content of a packet whose callback this thread runs, and where C was told that its payload is.
 #[inline(always)]
-fn claim_lent(handle: Handle) -> Option<Claim<Incoming>> {
-    let found = context::lent(handle)?;
-    // SAFETY: this thread runs the packet's callback. Claims of it live within one call of this module,
-    // none of which calls C.
-    unsafe { found.claim_lent() }
+fn claim_lent(handle: Handle) -> Option<(Claim<Incoming>, Place)> {
+    let Lent { packet, payload } = context::lent(handle)?;
+    // SAFETY: this thread runs the packet's callback. Claims of it live within one call of this library,
+    // during which it neither claims it again nor calls C.
+    let claim = unsafe { packet.claim_lent() }?;
+    Some((claim, payload))
 }
 
 /// The content of a completion context; one that names none is against the rules of `function`.
 #[inline]
 fn claim(function: &'static str, packet: VmbPacketCompletion) -> Option<Claim<Incoming>> {
     let handle = Handle::from_pointer(packet);
-    claim_lent(handle).or_else(|| claim_anywhere(function, handle))
+    match claim_lent(handle) {
+        Some((claim, _)) => Some(claim),
+        None => claim_anywhere(function, handle),
+    }
 }
 
-/// As [`claim`], and ends it: its packet, and the most bytes of its completion.
+/// As [`claim`], and ends it: its packet, and where C was told that the payload is.
 #[inline(always)]
-fn take(function: &'static str, packet: VmbPacketCompletion) -> Option<(IncomingPacket, u32)> {
+fn take(function: &'static str, packet: VmbPacketCompletion) -> Option<(IncomingPacket, Place)> {
     let handle = Handle::from_pointer(packet);
-    let Some(mut claim) = claim_lent(handle) else {
-        return claim_anywhere(function, handle).and_then(end);
+    let Some((mut claim, payload)) = claim_lent(handle) else {
+        return take_anywhere(function, handle);
     };
-    if claim.mdls.is_used() {
-        claim.let_go_of_memory();
-    }
-    claim.comes_again = false;
-    let limit = claim.home.as_ref().map_or(0, |home| home.completion_limit());
+    claim.let_go_of_memory();
     let packet = claim.packet.take()?;
     claim.end();
-    Some((packet, limit))
+    Some((packet, payload))
+}
+
+#[inline(never)]
+fn take_anywhere(function: &'static str, handle: Handle) -> Option<(IncomingPacket, Place)> {
+    let packet = claim_anywhere(function, handle).and_then(end)?;
+    let payload = Place::from(packet.payload());
+    Some((packet, payload))
 }
 
 /// As [`claim`], for a packet whose callback does not run on this thread.
@@ -358,21 +344,17 @@ fn claim_anywhere(function: &'static str, handle: Handle) -> Option<Claim<Incomi
     claim
 }
 
-/// Ends a completion context, and gives its packet, and the most bytes of its completion.
+/// Ends a completion context, and gives its packet.
 #[inline(never)]
-fn end(mut claim: Claim<Incoming>) -> Option<(IncomingPacket, u32)> {
-    if claim.mdls.is_used() {
-        claim.let_go_of_memory();
-    }
-    claim.comes_again = false;
-    let limit = claim.home.as_ref().map_or(0, |home| home.completion_limit());
+fn end(mut claim: Claim<Incoming>) -> Option<IncomingPacket> {
+    claim.let_go_of_memory();
     let packet = claim.packet.take()?;
     if claim.is_in_callback() {
         claim.end();
     } else {
         end_later(claim);
     }
-    Some((packet, limit))
+    Some(packet)
 }
 
 /// Ends the handle of a packet whose callback has returned.
@@ -385,13 +367,14 @@ fn end_later(claim: Claim<Incoming>) {
 }
 
 impl Incoming {
-    /// The MDLs become invalid.
+    /// The MDLs become invalid, and nothing is waited for any more.
     #[inline]
     fn let_go_of_memory(&mut self) {
         if self.mdls.was_mapped() {
             self.unmap();
         }
         self.mdls.clear();
+        self.comes_again = false;
     }
 
     /// Addresses become invalid. What C has written through them is told to whoever tracks writes.
@@ -421,33 +404,31 @@ pub unsafe extern "C" fn VmbChannelPacketComplete(
 ) {
     const NAME: &str = "VmbChannelPacketComplete";
     guarded(NAME, (), || {
-        let Some((packet, limit)) = take(NAME, packet) else { return };
-        let size = if size > limit {
+        let Some((packet, place)) = take(NAME, packet) else { return };
+        let limit = packet.completion_limit();
+        let mut size = size as usize;
+        if size > limit {
             violation(NAME, "BufSize", "is more than the largest completion (D-47)");
-            limit
+            size = limit;
+        }
+        let start = buffer.addr().wrapping_sub(place.address);
+        if start < place.len {
+            // Drivers answer in the buffer that they were given.
+            let end = start + size;
+            if end > place.len {
+                violation(NAME, "BufSize", "goes beyond the end of the packet's own buffer");
+            }
+            packet.complete_with_own(start..end.min(place.len));
+        } else if !buffer.is_null() {
+            // SAFETY: the caller's promise, for at most as many bytes; none of them is the packet's own.
+            packet.complete(unsafe { core::slice::from_raw_parts(buffer.cast(), size) });
         } else {
-            size
-        };
-        if let Some(part) = part_of(packet.payload(), buffer, size) {
-            packet.complete_with_own(part);
-            return;
+            if size != 0 {
+                violation(NAME, "PacketCompletionBuffer", "must not be null");
+            }
+            packet.complete(&[]);
         }
-        // SAFETY: the caller's promise, for at most `size` bytes.
-        let payload = unsafe { types::bytes(buffer, size) };
-        if payload.is_none() {
-            violation(NAME, "PacketCompletionBuffer", "must not be null");
-        }
-        packet.complete(payload.unwrap_or_default());
     });
-}
-
-/// Where in the packet's own payload the `size` bytes at `buffer` are, if they are there: drivers answer in
-/// the buffer that they were given.
-#[inline]
-fn part_of(payload: &[u8], buffer: *const c_void, size: u32) -> Option<Range<usize>> {
-    let start = buffer.addr().checked_sub(payload.as_ptr().addr())?;
-    let end = start.checked_add(size as usize)?;
-    (size != 0 && end <= payload.len()).then_some(start..end)
 }
 
 /// VmbChannelPacketFail (D-36).
@@ -455,7 +436,7 @@ fn part_of(payload: &[u8], buffer: *const c_void, size: u32) -> Option<Range<usi
 pub extern "C" fn VmbChannelPacketFail(packet: VmbPacketCompletion) {
     const NAME: &str = "VmbChannelPacketFail";
     guarded(NAME, (), || {
-        if let Some((packet, _)) = claim(NAME, packet).and_then(end) {
+        if let Some(packet) = claim(NAME, packet).and_then(end) {
             packet.fail();
         }
     });
@@ -473,8 +454,8 @@ pub extern "C" fn VmbChannelPacketDeferToPassive(packet: VmbPacketCompletion) {
             violation(NAME, "PacketCompletionContext", "must be deferred inside its own callback");
             return;
         }
-        if let Some((packet, _)) = end(claim) {
-            home.next_is_deferred.store(true, Relaxed);
+        if let Some(packet) = end(claim) {
+            home.exceptions.fetch_or(NEXT_IS_DEFERRED, Relaxed);
             packet.defer_to_passive();
         }
     });
@@ -491,8 +472,45 @@ pub unsafe extern "C" fn VmbChannelPacketGetExternalData(
     mdl: *mut *mut Mdl,
 ) -> Status {
     const NAME: &str = "VmbChannelPacketGetExternalData";
-    boundary::status(NAME, || {
-        let Some(mut claim) = claim(NAME, packet) else { return NtStatus::INVALID_PARAMETER_1 };
+    let handle = Handle::from_pointer(packet);
+    if !mdl.is_null()
+        && let Some(page) = guarded(NAME, None, || page_of_lent(handle, flags))
+    {
+        // SAFETY: not null; the caller's promise.
+        unsafe { mdl.write(page) };
+        return to_c(NtStatus::SUCCESS);
+    }
+    // SAFETY: the caller's promise.
+    unsafe { any_external_data(NAME, packet, flags, mdl) }
+}
+
+/// VmbChannelPacketGetExternalData as nearly all calls need it: the first one, inside the callback, for one
+/// page that needs no looking for. `None` for all others, with nothing done.
+#[inline(always)]
+fn page_of_lent(handle: Handle, flags: u32) -> Option<*mut Mdl> {
+    let flags = ExternalDataFlags::from_bits(flags)?;
+    let (mut claim, _) = claim_lent(handle)?;
+    let Incoming { packet, mdls, .. } = &mut *claim;
+    if mdls.is_used() {
+        return None;
+    }
+    let ranges = packet.as_ref()?.resident_ranges()?;
+    mdls.describe_page(ranges, handle, flags.contains(ExternalDataFlags::READ_ONLY))
+}
+
+/// VmbChannelPacketGetExternalData for every call.
+///
+/// # Safety
+/// `mdl` is null or can be written.
+#[inline(never)]
+unsafe fn any_external_data(
+    function: &'static str,
+    packet: VmbPacketCompletion,
+    flags: u32,
+    mdl: *mut *mut Mdl,
+) -> Status {
+    boundary::status(function, || {
+        let Some(mut claim) = claim(function, packet) else { return NtStatus::INVALID_PARAMETER_1 };
         if mdl.is_null() {
             return NtStatus::INVALID_PARAMETER_3;
         }
@@ -561,7 +579,10 @@ pub(crate) fn with_memory<R>(
     handle: Handle,
     use_it: impl FnOnce(&kmcl::memory::GuestMemory, &mut Vec<(u64, View)>, &mut MdlChain) -> R,
 ) -> Option<R> {
-    let mut claim = PACKETS.find(handle)?.claim()?;
+    let mut claim = match claim_lent(handle) {
+        Some((claim, _)) => claim,
+        None => PACKETS.find(handle)?.claim()?,
+    };
     let Incoming { packet, views, mdls, .. } = &mut *claim;
     let packet = packet.as_ref()?;
     let memory = packet.external_data(ExternalDataFlags::empty()).ok()?.memory();

@@ -12,7 +12,7 @@ use core::ptr::NonNull;
 use kmcl::memory::GuestMemory;
 use kmcl::{Limits, NtStatus};
 use rustix::mm::{MapFlags, ProtFlags};
-use vmbus_wire::ranges::{GpaRange, pages_spanned};
+use vmbus_wire::ranges::{GpaRange, GpaRanges, pages_spanned};
 use vmbus_wire::{PAGE_SIZE, PAGE_SIZE_U32};
 
 use crate::boundary::{self, guarded};
@@ -76,37 +76,35 @@ impl MdlChain {
         self.was_mapped = false;
     }
 
+    /// Describes one range of one page, which most are, where there is room for it already; without a
+    /// call, so that its caller has nothing to keep.
+    #[inline(always)]
+    pub(crate) fn describe_page(
+        &mut self,
+        ranges: GpaRanges<'_>,
+        owner: Handle,
+        is_read_only: bool,
+    ) -> Option<*mut Mdl> {
+        let range = ranges.single()?;
+        let &[pfn] = range.pfns else { return None };
+        let room = self.words.first_chunk_mut::<{ MDL_WORDS + 1 }>()?;
+        let [a, b, c, d, e, f] = head(&range, owner);
+        *room = [a, b, c, d, e, f, pfn];
+        self.used = room.len();
+        self.is_read_only = is_read_only;
+        self.was_mapped = false;
+        Some(self.first())
+    }
+
     /// Describes `ranges`, which belong to `owner`. Allocates where no chain was as long before.
-    #[inline]
     pub(crate) fn describe<'a>(
         &mut self,
-        mut ranges: impl Iterator<Item = GpaRange<'a>>,
+        ranges: impl Iterator<Item = GpaRange<'a>>,
         owner: Handle,
         is_read_only: bool,
     ) {
         self.is_read_only = is_read_only;
         self.was_mapped = false;
-        let first = ranges.next();
-        // Most chains are one range of one page.
-        if let Some(GpaRange { pfns: [pfn], .. }) = &first
-            && let Some(range) = &first
-            && let Some(room) = self.words.first_chunk_mut::<{ MDL_WORDS + 1 }>()
-        {
-            let [a, b, c, d, e, f] = head(range, owner);
-            *room = [a, b, c, d, e, f, *pfn];
-            let second = ranges.next();
-            if second.is_none() {
-                self.used = room.len();
-                return;
-            }
-            self.describe_all(first.into_iter().chain(second).chain(ranges), owner);
-        } else {
-            self.describe_all(first.into_iter().chain(ranges), owner);
-        }
-    }
-
-    #[inline(never)]
-    fn describe_all<'a>(&mut self, ranges: impl Iterator<Item = GpaRange<'a>>, owner: Handle) {
         let mut at = 0;
         let mut heads = 0_usize;
         for range in ranges {

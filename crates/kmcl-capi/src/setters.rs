@@ -64,11 +64,7 @@ pub extern "C" fn VmbChannelInitSetMaximumPacketSize(
     packet_size: u32,
 ) -> Status {
     passive("VmbChannelInitSetMaximumPacketSize", channel, |it| {
-        let set = it.channel.init_set_maximum_packet_size(packet_size);
-        if set.is_ok() {
-            it.home.set_packet_size(packet_size);
-        }
-        outcome(set)
+        outcome(it.channel.init_set_maximum_packet_size(packet_size))
     })
 }
 
@@ -259,11 +255,7 @@ pub extern "C" fn KmclChannelInitSetMaximumCompletionSize(
     bytes: u32,
 ) -> Status {
     passive("KmclChannelInitSetMaximumCompletionSize", channel, |it| {
-        let set = it.channel.init_set_maximum_completion_size(bytes);
-        if set.is_ok() {
-            it.home.set_completion_size(bytes);
-        }
-        outcome(set)
+        outcome(it.channel.init_set_maximum_completion_size(bytes))
     })
 }
 

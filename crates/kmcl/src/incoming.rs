@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use vmbus_wire::ranges::GpaRanges;
+
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::external::ExternalData;
@@ -75,6 +77,13 @@ impl IncomingPacket {
         self.held.as_ref().map_or(Level::Dispatch, |held| held.body.level)
     }
 
+    /// Most bytes of its completion: [`Channel::init_set_maximum_completion_size`], or the packet size.
+    #[inline]
+    #[must_use]
+    pub fn completion_limit(&self) -> usize {
+        self.held.as_ref().map_or(0, |held| held.body.completion_limit())
+    }
+
     /// The driver's own area on the packet, zeroed at delivery; its size is that of
     /// [`Channel::init_set_client_context_size`] (D-62).
     ///
@@ -114,6 +123,18 @@ impl IncomingPacket {
             Some(residency) if !data.ensure_resident(residency, channel) => Err(Error::Pending),
             _ => Ok(data),
         }
+    }
+
+    /// The ranges that [`Self::external_data`] gives, for a device that wants no more than the page
+    /// frame numbers; `None` wherever that one fails, and where it has to look whether the memory is
+    /// there.
+    ///
+    /// Source: VmbChannelPacketGetExternalData.
+    #[inline]
+    #[must_use]
+    pub fn resident_ranges(&self) -> Option<GpaRanges<'_>> {
+        let body = &self.held.as_ref()?.body;
+        if body.residency().is_some() { None } else { body.ranges() }
     }
 
     /// Completes the packet: `payload` goes to the peer if it asked for a completion, and is ignored

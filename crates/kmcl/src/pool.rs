@@ -141,6 +141,7 @@ impl Body {
     }
 
     /// The ranges of the external data, if there are any within bounds.
+    #[inline]
     pub(crate) fn ranges(&self) -> Option<GpaRanges<'_>> {
         let External::Ranges { words, range_count, total_bytes } = self.external else {
             return None;
@@ -203,6 +204,11 @@ impl Body {
         self.end = start + len;
     }
 
+    #[inline]
+    pub(crate) fn completion_limit(&self) -> usize {
+        self.completion_limit
+    }
+
     pub(crate) fn external_limit(&self) -> u32 {
         self.external_limit
     }
@@ -211,6 +217,7 @@ impl Body {
         &self.memory
     }
 
+    #[inline]
     pub(crate) fn residency(&self) -> Option<&dyn Residency> {
         self.residency.as_deref()
     }
