@@ -47,6 +47,8 @@ fn external_data_is_the_clients_memory() {
         assert_eq!(packet.external_data(ANY).unwrap().segments().collect::<Vec<_>>(), segments);
         let ranges: Vec<_> = data.ranges().map(|r| (r.byte_offset, r.byte_count)).collect();
         assert_eq!(ranges, [(100, 3900), (0, 1100)]);
+        let resident = packet.resident_ranges().unwrap();
+        assert_eq!(resident.iter().collect::<Vec<_>>(), data.ranges().collect::<Vec<_>>());
         let mut bytes = vec![0; 5000];
         assert_eq!(data.read_at(0, &mut bytes).unwrap(), 5000);
         bytes.reverse();
@@ -142,6 +144,7 @@ fn external_data_is_refused_with_its_status() {
         let packet = one(pfns);
         let error = packet.external_data(ANY).err().unwrap();
         assert_eq!(error.status(), status, "{what}: {error}");
+        assert_eq!(packet.resident_ranges(), None, "{what}");
         packet.complete(&[]);
     }
     assert_eq!(pair.server.stop_reason(), None);
@@ -201,6 +204,7 @@ fn pending_external_data_brings_the_packet_again() {
     let away = Arc::new(Away::default());
     away.missing.store(2, Ordering::SeqCst);
     let pair = Pair::new(Device::on_packet(|_, packet| {
+        assert_eq!(packet.resident_ranges(), None, "nobody has looked");
         match packet.has_external_data().then(|| packet.external_data(ANY).map(|data| data.len())) {
             Some(Err(Error::Pending)) => packet.redeliver(),
             Some(Ok(len)) => packet.complete(&len.to_le_bytes()),
