@@ -77,7 +77,8 @@ slow_disk() {
 }
 # boot ARGUMENTS: a VM of this run's kernel with the disks that every guest has; ARGUMENTS are added.
 boot() {
-    launch kmcl vm run \
+    # shellcheck disable=SC2046 # an option, or none
+    launch kmcl vm run $(huge_pages) \
         --kernel "$LAB/guests/$kernel/vmlinuz" --initrd "$LAB/guests/$kernel/initrd" \
         --cmdline "$COMMAND_LINE" --memory 256M --cpus "$cpus" --synic "$synic" \
         --disk "$WORK/ctl,id=ctl" --disk "$LAB/tools.img,ro,id=tools,controller=1" \
@@ -85,6 +86,8 @@ boot() {
         --control "$WORK/control" --vsock "$WORK/vsock" --allow "$WORK" --on-reset "$on_reset" "$@"
     patience 60 serves_or_ended
 }
+# huge_pages: the option, where there are enough of them for two guests.
+huge_pages() { [ "$(cat /proc/sys/vm/nr_hugepages)" -lt 256 ] || echo --huge-pages; }
 COMMAND_LINE="console=ttyS0 panic=-1 loglevel=4 mitigations=off"
 # restore FOLDER ARGUMENTS: a VM that was saved.
 restore() {
