@@ -64,6 +64,6 @@ sockets() {
         again=$((again + 1))
         comes_back $at || die "connection $at failed"
     done
-    pass "from the guest $said; to it $at, $again of them"
+    pass "from the guest $said; to it $at connections, $again of them at the second try"
 }
 comes_back() { [ "$(echo "number $1" | converse 1025)" = "number $1" ]; }
