@@ -117,17 +117,24 @@ impl Session<'_> {
             "console=ttyS0 panic=-1 loglevel=4 mitigations=off transparent_hugepage=never hugepages={HUGE_PAGES}"
         );
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max,+svm,la57=off"])
-            .args(["-smp", "2", "-m", "4096", "-nodefaults", "-nographic", "-serial", "stdio"])
-            .arg("-kernel")
-            .arg(&self.lab.outer_kernel)
-            .arg("-initrd")
-            .arg(&self.lab.outer)
-            .args(["-append", &append, "-no-reboot"])
-            .arg("-virtfs")
-            .arg(share(&self.lab.folder, "lab", "readonly=on"))
-            .arg("-virtfs")
-            .arg(share(self.out, "out", "readonly=off"));
+        qemu.args([
+            "-accel",
+            "tcg,thread=multi",
+            "-M",
+            "q35",
+            "-cpu",
+            "max,+svm,la57=off,fsgsbase=off,pku=off,umip=off",
+        ])
+        .args(["-smp", "2", "-m", "4096", "-nodefaults", "-nographic", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(&self.lab.outer_kernel)
+        .arg("-initrd")
+        .arg(&self.lab.outer)
+        .args(["-append", &append, "-no-reboot"])
+        .arg("-virtfs")
+        .arg(share(&self.lab.folder, "lab", "readonly=on"))
+        .arg("-virtfs")
+        .arg(share(self.out, "out", "readonly=off"));
         qemu
     }
 }

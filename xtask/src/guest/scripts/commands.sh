@@ -108,8 +108,11 @@ hot_plug() {
 }
 
 driver_remove() {
+    # Whoever still listens has its libraries there.
+    killall socat 2>/dev/null && patience no_socat
     unmount_tools && rmmod hv_storvsc && is_gone data
 }
+no_socat() { ! pidof socat >/dev/null; }
 driver_insert() {
     insmod /lib/modules/*-hv_storvsc.ko && wait_for_disk data && wait_for_disk ctl && mount_tools
 }
