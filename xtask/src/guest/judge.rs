@@ -26,6 +26,15 @@ pub(super) fn result_of(rest: &str) -> Option<(&str, bool, &str)> {
     Some((scenario, verdict == "ok", words.next().unwrap_or_default().trim()))
 }
 
+/// How many of the runs have come to their end, from the first one on.
+pub(super) fn ended(results: &str, runs: &[Run]) -> usize {
+    let is_over = |number| {
+        let mut lines = results.lines().filter_map(line_of);
+        lines.any(|(kind, of, _)| kind == "END" && of == number)
+    };
+    (0..runs.len()).take_while(|number| is_over(*number)).count()
+}
+
 /// What the results say of each run, scenario by scenario. One without a result has failed.
 pub(super) fn judge(results: &str, runs: &[Run]) -> Vec<Outcome> {
     let mut outcomes = Vec::new();
@@ -104,6 +113,10 @@ mod tests {
             let seen: Vec<_> =
                 outcomes.iter().map(|one| (one.passed, one.detail.as_str())).collect();
             assert_eq!(seen, expected, "{results:?}");
+        }
+        let twice = format!("{whole}RUN 1\nRESULT 1 reboot ok\n");
+        for (results, over) in [("", 0), (whole, 1), (&twice, 1), ("END 1\n", 0)] {
+            assert_eq!(ended(results, &[run(), run()]), over, "{results:?}");
         }
         let outcomes = judge(&format!("{whole}RESULT 0 story failed late\n"), &[run()]);
         assert_eq!(outcomes.len(), 4, "what fails between scenarios is not lost");

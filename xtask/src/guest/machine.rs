@@ -75,6 +75,12 @@ impl Session<'_> {
         String::from_utf8_lossy(&fs::read(self.results()).unwrap_or_default()).into_owned()
     }
 
+    /// Whether the machine's own kernel has crashed. Consoles of guests are elsewhere.
+    pub(super) fn has_crashed(&self) -> bool {
+        let log = fs::read(self.out.join("machine.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).contains("Kernel panic")
+    }
+
     /// Runs what the list of runs has; `each` is called with every new line of the results. How the
     /// machine ends says nothing: the results do.
     pub(super) fn run(&self, machine: Machine, each: &mut dyn FnMut(&str)) -> Result<(), Failure> {
