@@ -133,14 +133,27 @@ struct Live {
     devices: Devices,
 }
 
+/// A guest, to look at.
+struct Guest {
+    bus: HostBus,
+    memory: GuestMemory,
+}
+
+impl Guest {
+    fn of(running: &Running) -> Self {
+        Self { bus: running.partition().bus().clone(), memory: running.memory().clone() }
+    }
+}
+
 /// What is told of a VM without holding it up.
 struct Status {
     state: State,
     mode: SynicMode,
     /// As it is now, with disks that were added.
     config: VmConfig,
-    bus: HostBus,
-    memory: GuestMemory,
+    /// None between two machines: whoever holds these holds the guest's memory, and a guest that is reset must
+    /// not need it twice.
+    guest: Option<Guest>,
     services: Weak<Ticking>,
     last_crash: Option<Crash>,
     counters: Counters,
@@ -222,14 +235,12 @@ impl Shared {
         console: SharedConsole,
         observer: Observer,
     ) -> Self {
-        let partition = live.running.partition();
-        let mode = partition.mode();
+        let mode = live.running.partition().mode();
         let status = Status {
             state: State::Running,
             mode: mode.into(),
             config: config.clone(),
-            bus: partition.bus().clone(),
-            memory: live.running.memory().clone(),
+            guest: Some(Guest::of(&live.running)),
             services: Arc::downgrade(live.devices.services().ticking()),
             last_crash: None,
             counters: Counters::default(),
@@ -255,8 +266,8 @@ impl Shared {
 
     /// The guest has reported a crash.
     fn crashed(&self, report: &hyperv_kvm::CrashReport) {
-        let memory = self.status().memory.clone();
-        let crash = crash::told(report, &memory);
+        let memory = self.status().guest.as_ref().map(|guest| guest.memory.clone());
+        let crash = crash::told(report, memory.as_ref());
         {
             let mut status = self.status();
             if status.state == State::Running {
@@ -275,7 +286,7 @@ impl Shared {
         let end = match (decided, end) {
             (Some(end), _) => end,
             (None, End::Reset) if core.config.on_reset == OnReset::Restart => {
-                core.live = None;
+                self.let_go(&mut core);
                 return self.restart(&mut core).map_err(VmEnd::Failed);
             }
             (None, End::Reset) => VmEnd::Reset,
@@ -284,8 +295,14 @@ impl Shared {
             (None, End::Failed(error)) => VmEnd::Failed(error.into()),
             (None, End::Stopped) => VmEnd::Stopped,
         };
-        core.live = None;
+        self.let_go(&mut core);
         Err(end)
+    }
+
+    /// Nothing of the guest is left, its memory included.
+    fn let_go(&self, core: &mut Core) {
+        core.live = None;
+        self.status().guest = None;
     }
 
     /// A new machine, with the disks that there are.
@@ -295,8 +312,7 @@ impl Shared {
         {
             let mut status = self.status();
             status.state = State::Running;
-            status.bus = live.running.partition().bus().clone();
-            status.memory = live.running.memory().clone();
+            status.guest = Some(Guest::of(&live.running));
             status.services = Arc::downgrade(live.devices.services().ticking());
         }
         core.live = Some(live);
@@ -306,16 +322,16 @@ impl Shared {
     /// Nothing runs any more.
     fn finish(&self) {
         let mut core = self.core();
-        core.live = None;
+        self.let_go(&mut core);
         self.status().state = State::Ended;
-        drop(core);
     }
 
     /// Ends the VM, because of `end`. Its images are closed when this returns.
     fn end(&self, core: &mut Core, end: VmEnd) {
         self.status().end.get_or_insert(end);
-        core.live = None;
+        self.let_go(core);
         core.disks.clear();
+        self.status().state = State::Ended;
     }
 
     /// Notes which disks there are.
@@ -368,9 +384,11 @@ impl VmHandle {
 impl Controlled for VmHandle {
     fn info(&self) -> Result<Info, ControlError> {
         let status = self.shared.status();
-        let version = status.bus.inspect(|host| match host.connection() {
-            Connection::Connected(established) => Some(established.version),
-            _ => None,
+        let version = status.guest.as_ref().and_then(|guest| {
+            guest.bus.inspect(|host| match host.connection() {
+                Connection::Connected(established) => Some(established.version),
+                _ => None,
+            })
         });
         Ok(Info {
             state: status.state,

@@ -81,7 +81,8 @@ pub trait Controlled: Send + Sync {
     /// [`ErrorKind::Failed`] where the image cannot be opened.
     fn add_disk(&self, disk: DiskConfig) -> Result<DiskAddress, ControlError>;
 
-    /// Takes a disk away from the guest; returns when its image is closed.
+    /// Takes a disk away from the guest, which is told at once. Its image is closed when the last request on it
+    /// has ended.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`].

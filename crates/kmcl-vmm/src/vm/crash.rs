@@ -9,15 +9,16 @@ use crate::control::{Crash, Hex};
 const MAX_MESSAGE_BYTES: usize = 4096;
 
 /// The report, with the text that it points to: as far as that is in memory, and on one line.
-pub(super) fn told(report: &CrashReport, memory: &GuestMemory) -> Crash {
+pub(super) fn told(report: &CrashReport, memory: Option<&GuestMemory>) -> Crash {
     let parameters = report.parameters.map(Hex);
     let [.., address, length] = report.parameters;
-    let text = report.has_message.then(|| {
+    let text = || {
         let length = usize::try_from(length).unwrap_or(usize::MAX).min(MAX_MESSAGE_BYTES);
         let mut bytes = vec![0; length];
-        memory.read(address, &mut bytes).ok().map(|()| one_line(&bytes))
-    });
-    Crash { parameters, message: text.flatten().filter(|text| !text.is_empty()) }
+        memory?.read(address, &mut bytes).ok().map(|()| one_line(&bytes))
+    };
+    let text = if report.has_message { text() } else { None };
+    Crash { parameters, message: text.filter(|text| !text.is_empty()) }
 }
 
 /// Text of a guest's, without anything that a terminal would obey.
@@ -46,9 +47,11 @@ mod tests {
             (0x100, u64::MAX, true, Some("<4>[ 1.0] Oops | [2Jcleared")),
         ] {
             let report = CrashReport { parameters: [1, 2, 3, address, length], has_message };
-            let crash = told(&report, &memory);
+            let crash = told(&report, Some(&memory));
             assert_eq!(crash.message.as_deref(), expected, "{address:#x} {length}");
             assert_eq!(crash.parameters[0], Hex(1));
         }
+        let report = CrashReport { parameters: [0, 0, 0, 0x1000, 18], has_message: true };
+        assert_eq!(told(&report, None).message, None, "its memory is gone");
     }
 }
